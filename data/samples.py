@@ -1,0 +1,77 @@
+"""A sample: what a source yields, what a tar holds, what a decoder receives."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Tar extensions that hold an encoded image, in the order in which a reader looks for them.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with its text, still encoded.
+
+    key: unique inside its data set; becomes the stem of the tar members, so it holds neither
+        dots, slashes nor blanks.
+    image: the encoded file, `image_format` its extension (one of IMAGE_EXTENSIONS).
+    text: the caption or the class name.
+    info: what else is known, JSON-serialisable. `label` (int) is the class index where the sample
+        belongs to a class; sources add their own fields.
+    """
+
+    key: str
+    image: bytes
+    image_format: str
+    text: str
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.key or any(c in self.key for c in "./\\ \t\n"):
+            raise SampleError(
+                f"sample key {self.key!r}: a key may not be empty nor hold '.', '/', '\\' or blanks, "
+                "because it becomes the stem of tar member names"
+            )
+        if self.image_format not in IMAGE_EXTENSIONS:
+            raise SampleError(
+                f"sample {self.key!r}: image format {self.image_format!r} is not one of "
+                f"{', '.join(IMAGE_EXTENSIONS)}"
+            )
+
+    def fields(self) -> dict[str, bytes]:
+        """The tar members of this sample: extension -> bytes."""
+        return {
+            self.image_format: self.image,
+            "txt": self.text.encode("utf-8"),
+            "json": json.dumps(self.info, ensure_ascii=False, sort_keys=True).encode("utf-8"),
+        }
+
+
+def sample_from_fields(key: str, fields: Mapping[str, bytes]) -> Sample:
+    """Read a sample back from its tar members.
+
+    `txt` and `json` may be missing (plain image tars have neither); the image may not. Members with
+    other extensions are ignored, never decoded. Raises SampleError naming the member at fault.
+    """
+    image_format = next((e for e in IMAGE_EXTENSIONS if e in fields), None)
+    if image_format is None:
+        raise SampleError(
+            f"no image member (looked for {', '.join(IMAGE_EXTENSIONS)}; "
+            f"found {', '.join(sorted(fields)) or 'nothing'})"
+        )
+    try:
+        text = fields.get("txt", b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SampleError(f"member 'txt' is not UTF-8: {error}") from error
+    try:
+        info = json.loads(fields["json"]) if "json" in fields else {}
+    except ValueError as error:
+        raise SampleError(f"member 'json' is not JSON: {error}") from error
+    if not isinstance(info, dict):
+        raise SampleError(f"member 'json' holds a {type(info).__name__}, expected an object")
+    return Sample(key, fields[image_format], image_format, text, info)
