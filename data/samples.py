@@ -52,6 +52,22 @@ class Sample:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Concept:
+    """One class of a data set: what zero-shot evaluation chooses among.
+
+    label: the class index used in `Sample.info["label"]`.
+    name: the name used in prompts; aliases: other names of the same thing.
+    heldout: True where no sample of the training split shows it.
+    """
+
+    label: int
+    name: str
+    aliases: tuple[str, ...] = ()
+    heldout: bool = False
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
 def sample_from_fields(key: str, fields: Mapping[str, bytes]) -> Sample:
     """Read a sample back from its tar members.
 
