@@ -1,0 +1,194 @@
+"""A data set on disk: a folder of tars with their side-cars, described by `manifest.json`.
+
+    DIR/train-000000.tar  DIR/train-000000.idx  ...  DIR/concepts.json  DIR/manifest.json
+
+The tars are plain WebDataset. The manifest names every shard of every split with its size, sample
+count and checksum; its hash identifies the data set in checkpoints. Nothing in it depends on the
+time or the machine, so the same source gives the same manifest, byte for byte.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+from webdataset import TarWriter
+
+from groundwork.data.atomic import directory_written_atomically
+from groundwork.data.samples import Concept, Sample
+from groundwork.data.shard_index import ShardError, index_path, scan_tar, write_index
+
+MANIFEST = "manifest.json"
+CONCEPTS = "concepts.json"
+FORMAT = "groundwork-shards"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a split. file: relative to the manifest. crc32c: of the whole tar."""
+
+    file: str
+    samples: int
+    bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says. source: the kind and the settings the data set was built with."""
+
+    name: str
+    source: Mapping[str, Any]
+    licence: str
+    splits: Mapping[str, tuple[Shard, ...]]
+
+    def samples(self, split: str) -> int:
+        return sum(shard.samples for shard in self.splits[split])
+
+    def digest(self) -> str:
+        """sha256 of the content that decides which sample is which."""
+        content = {name: [asdict(shard) for shard in split] for name, split in self.splits.items()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class _SplitWriter:
+    """Writes one split, starting a new tar whenever the present one is full."""
+
+    def __init__(self, directory: Path, split: str, max_samples: int, max_bytes: int) -> None:
+        self.directory, self.split = directory, split
+        self.max_samples, self.max_bytes = max_samples, max_bytes
+        self.shards: list[Shard] = []
+        self.samples = self.bytes = 0
+        self.tar: TarWriter | None = None
+
+    def path(self) -> Path:
+        return self.directory / f"{self.split}-{len(self.shards):06d}.tar"
+
+    def write(self, sample: Sample) -> None:
+        if self.tar is None:
+            # a fixed time and owner make the same samples give the same bytes
+            self.tar = TarWriter(
+                str(self.path()), encoder=False, mtime=0, user="groundwork", group="groundwork"
+            )
+        self.bytes += self.tar.write({"__key__": sample.key, **sample.fields()})
+        self.samples += 1
+        if self.samples >= self.max_samples or self.bytes >= self.max_bytes:
+            self.close()
+
+    def close(self) -> None:
+        if self.tar is None:
+            return
+        path = self.path()
+        self.tar.close()
+        write_index(scan_tar(path), index_path(path))
+        data = path.read_bytes()
+        self.shards.append(Shard(path.name, self.samples, len(data), google_crc32c.value(data)))
+        self.tar, self.samples, self.bytes = None, 0, 0
+
+
+def write_shards(
+    samples: Iterable[tuple[str, Sample]],
+    out: Path,
+    *,
+    name: str,
+    source: Mapping[str, Any],
+    licence: str,
+    concepts: Iterable[Concept] = (),
+    max_samples: int = 10_000,
+    max_bytes: int = 256 * 1024**2,
+) -> Manifest:
+    """Write (split, sample) pairs as the data set folder `out`; all of it appears, or nothing.
+
+    max_samples, max_bytes: a tar is closed when it reaches either.
+    Raises ShardError for a key that a split holds twice, and when there is no sample at all.
+    """
+    with directory_written_atomically(out) as directory:
+        writers: dict[str, _SplitWriter] = {}
+        keys: set[tuple[str, str]] = set()
+        for split, sample in samples:
+            if (split, sample.key) in keys:
+                raise ShardError(f"source {name!r}: key {sample.key!r} twice in split {split!r}")
+            keys.add((split, sample.key))
+            if split not in writers:
+                writers[split] = _SplitWriter(directory, split, max_samples, max_bytes)
+            writers[split].write(sample)
+        if not writers:
+            raise ShardError(f"source {name!r} yielded no sample; nothing was written to {out}")
+        for writer in writers.values():
+            writer.close()
+        manifest = Manifest(
+            name, source, licence, {split: tuple(w.shards) for split, w in sorted(writers.items())}
+        )
+        (directory / CONCEPTS).write_text(
+            json.dumps([asdict(c) for c in concepts], ensure_ascii=False, indent=1)
+        )
+        record = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "written_by": f"groundwork-pretrain {version('groundwork-pretrain')}",
+            **asdict(manifest),
+        }
+        (directory / MANIFEST).write_text(json.dumps(record, ensure_ascii=False, indent=1))
+    return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check `DIR/manifest.json`; every shard it names must exist with the right size."""
+    path = directory / MANIFEST
+    rebuild = "build the data set again with `groundwork shards build SOURCE --out DIR`"
+    if not path.is_file():
+        raise ShardError(f"{directory}: no data set here ({MANIFEST} is missing); {rebuild}")
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        if record["format"] != FORMAT or record["version"] != FORMAT_VERSION:
+            raise ValueError(f"format {record['format']!r} version {record['version']!r}")
+        splits = {
+            str(split): tuple(Shard(**shard) for shard in shards)
+            for split, shards in record["splits"].items()
+        }
+        manifest = Manifest(record["name"], record["source"], record["licence"], splits)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(f"{path}: not a groundwork manifest ({error}); {rebuild}") from error
+    missing, wrong = [], []
+    for shard in (shard for split in splits.values() for shard in split):
+        if Path(shard.file).name != shard.file:
+            raise ShardError(f"{path}: shard {shard.file!r} lies outside the folder; refused")
+        file = directory / shard.file
+        if not file.is_file():
+            missing.append(shard.file)
+        elif file.stat().st_size != shard.bytes:
+            wrong.append(f"{shard.file} ({file.stat().st_size:,} of {shard.bytes:,} bytes)")
+    if missing or wrong:
+        parts = [
+            f"missing: {_some(missing)}" if missing else "",
+            f"truncated or replaced: {_some(wrong)}" if wrong else "",
+        ]
+        raise ShardError(
+            f"{directory}: {'; '.join(filter(None, parts))}. Fetch these shards again, or {rebuild}"
+        )
+    return manifest
+
+
+def read_concepts(directory: Path) -> list[Concept]:
+    """The classes of a data set, in label order."""
+    path = directory / CONCEPTS
+    try:
+        records = json.loads(path.read_text("utf-8"))
+        concepts = [Concept(**{**r, "aliases": tuple(r["aliases"])}) for r in records]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(
+            f"{path}: not a list of concepts ({error}); build the data set again"
+        ) from error
+    return concepts
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

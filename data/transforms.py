@@ -1,0 +1,129 @@
+"""Image bytes -> uint8 tensors. Randomness comes in as a generator, so a position fixes its crop."""
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from groundwork.data.samples import SampleError
+
+#: Pixels above which a file is taken for a decompression bomb (the largest photographs have fewer).
+MAX_PIXELS = 200_000_000
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """How a picture becomes a square tensor.
+
+    size: side in pixels. scale, ratio: area fraction and aspect ratio of the random training crop
+    (Szegedy et al. 2015, as in torchvision's RandomResizedCrop). flip: probability of a mirror image.
+    brightness, contrast, saturation: half-width of the uniform factor around 1 (0: off).
+    """
+
+    size: int = 224
+    scale: tuple[float, float] = (0.5, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    resample: Literal["bilinear", "bicubic"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"ImageTransform: scale {self.scale} must satisfy 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ImageTransform: ratio {self.ratio} must satisfy 0 < low <= high")
+
+    @property
+    def filter(self) -> Image.Resampling:
+        return Image.Resampling.BICUBIC if self.resample == "bicubic" else Image.Resampling.BILINEAR
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode to RGB. Raises SampleError for what is no image, is cut off, or is over MAX_PIXELS."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        if image.width * image.height > MAX_PIXELS:
+            raise SampleError(f"image of {image.width} x {image.height} pixels is over the limit")
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            # transparent pixels carry arbitrary colours; white is what a page would show
+            image = image.convert("RGBA")
+            ground = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(ground, image).convert("RGB")
+        return image.convert("RGB")
+    except SampleError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SampleError(f"image cannot be decoded: {error}") from error
+
+
+def random_crop_box(
+    width: int, height: int, transform: ImageTransform, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A random box (left, top, right, bottom) with the transform's area and aspect ratio."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*transform.scale)
+        ratio = math.exp(rng.uniform(math.log(transform.ratio[0]), math.log(transform.ratio[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def training_image(data: bytes, transform: ImageTransform, rng: np.random.Generator) -> Tensor:
+    """Random resized crop, mirror and colour jitter -> (3, size, size) uint8."""
+    image = decode_image(data)
+    box = random_crop_box(image.width, image.height, transform, rng)
+    size = (transform.size, transform.size)
+    image = image.resize(size, transform.filter, box=box, reducing_gap=2.0)
+    if rng.random() < transform.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = np.array(image)
+    if transform.brightness or transform.contrast or transform.saturation:
+        pixels = _jitter(pixels, transform, rng)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def evaluation_image(data: bytes, transform: ImageTransform) -> Tensor:
+    """Shorter side to `size`, centre crop -> (3, size, size) uint8.
+
+    The ELEVATER protocol, with torchvision's rounding (Resize, then CenterCrop).
+    """
+    image = decode_image(data)
+    size = transform.size
+    short = min(image.width, image.height)
+    width, height = int(size * image.width / short), int(size * image.height / short)
+    image = image.resize((width, height), transform.filter)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _jitter(
+    pixels: np.ndarray, transform: ImageTransform, rng: np.random.Generator
+) -> np.ndarray:
+    """Brightness, contrast and saturation by random factors. pixels: (H, W, 3) uint8."""
+
+    def factor(width: float) -> np.float32:
+        return np.float32(rng.uniform(max(0.0, 1 - width), 1 + width))
+
+    x = pixels.astype(np.float32) * factor(transform.brightness)
+    mean = x.mean(dtype=np.float32)
+    x = mean + (x - mean) * factor(transform.contrast)
+    gray = x @ np.array([0.299, 0.587, 0.114], np.float32)
+    x = gray[..., None] + (x - gray[..., None]) * factor(transform.saturation)
+    return np.clip(np.rint(x), 0, 255).astype(np.uint8)

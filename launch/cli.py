@@ -1,0 +1,62 @@
+"""The console script `groundwork`: parse, validate, call."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from groundwork.launch.knowledge import app as knowledge_app
+from groundwork.launch.recipes import app as recipe_app
+from groundwork.launch.shards import app as shards_app
+
+app = typer.Typer(
+    name="groundwork",
+    help="Pretrain vision and vision-language foundation models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(shards_app, name="shards")
+app.add_typer(knowledge_app, name="knowledge")
+app.add_typer(recipe_app, name="recipe")
+
+
+@app.command(context_settings={"ignore_unknown_options": False})
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or path of a YAML file.")],
+    out: Annotated[str, typer.Option(help="Folder of the run; an unfinished one is resumed.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: key.path=value (repeatable).")
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(help="Processes to start here; 1 inside deepspeed or torchrun.")
+    ] = 1,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds after which a silent rank ends the job.")
+    ] = 1800.0,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", hidden=True, help="Passed by deepspeed; unused.")
+    ] = None,
+) -> None:
+    """Pretrain a recipe (as one rank of a job where RANK is set, else as the whole job)."""
+    from groundwork.launch.pretraining import start
+
+    raise typer.Exit(start(recipe, out, set_ or [], ranks, timeout))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit status."""
+    try:
+        status = app(args=argv, standalone_mode=False, prog_name="groundwork")
+    except typer.Exit as stop:
+        return stop.exit_code
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
+            error.show(file=sys.stderr)
+            return int(error.exit_code)
+        raise
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""Start a pretraining job: as one rank of it, or as the parent of its ranks."""
+
+import logging
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+from groundwork.launch.errors import reporting
+from groundwork.launch.ranks import run_ranks
+from groundwork.launch.terminal import foreground
+
+
+def start(recipe: str, out: str, overrides: list[str], ranks: int, timeout_s: float) -> int:
+    """Run a recipe. Returns the exit status: 0 also after a polite stop, which is resumable."""
+    if ranks > 1 and "RANK" not in os.environ:
+        arguments = ["pretrain", recipe, "--out", out]
+        for override in overrides:
+            arguments += ["--set", override]
+        return run_ranks([*arguments, "--timeout", str(timeout_s)], ranks)
+    rank = int(os.environ.get("RANK", "0"))
+    return reporting(lambda: _run_rank(recipe, out, overrides, rank, timeout_s), rank=rank)
+
+
+def _run_rank(recipe_name: str, out: str, overrides: list[str], rank: int, timeout_s: float) -> int:
+    _quieten()
+    from groundwork.pretrain.engine.deepspeed_config import (
+        prepare_environment,
+        start_process_group,
+    )
+
+    prepare_environment()
+    from groundwork.pretrain.engine.stop import StopRequest
+    from groundwork.pretrain.recipe import load_recipe
+    from groundwork.pretrain.run import batch_plan, check_inputs, pretrain
+
+    stop = StopRequest()
+    recipe = load_recipe(recipe_name, overrides)
+    batch_plan(recipe, int(os.environ.get("WORLD_SIZE", "1")), rank)
+    dataset, index = check_inputs(recipe, Path(out))
+    world = start_process_group(timeout_s)
+    with foreground(enabled=world.is_main):
+        done = pretrain(recipe, Path(out), world, stop, dataset, index)
+    if world.is_main:
+        if done < recipe.train.steps:
+            print(
+                f"\nstopped after step {done} of {recipe.train.steps}; to go on, run\n"
+                f"  {_command(world.size)}",
+                flush=True,
+            )
+        else:
+            print(f"\ndone: {done} steps, checkpoints in {out}/checkpoints", flush=True)
+    return 0
+
+
+def _command(world_size: int) -> str:
+    """The command line that started this job."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    if os.environ.get("GROUNDWORK_RANKS"):
+        return shlex.join(["groundwork", *arguments])
+    script = sys.argv[0]
+    if "CROSS_SIZE" in os.environ:  # set by deepspeed's launcher alone
+        return shlex.join(["deepspeed", "--num_gpus", str(world_size), script, *arguments])
+    if world_size > 1:
+        return shlex.join(["torchrun", "--nproc_per_node", str(world_size), script, *arguments])
+    name = "groundwork" if Path(script).name == "groundwork" else f"python {script}"
+    return f"{name} {shlex.join(arguments)}"
+
+
+def _quieten() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    for message in (
+        "Attempting to get learning rate from scheduler before it has started",
+        ".*all_gather_into_tensor.*",
+        ".*reduce_scatter_tensor.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

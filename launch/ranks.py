@@ -1,0 +1,70 @@
+"""Start the ranks of a single-node job, pass signals on, and report the one that fails."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+
+#: Seconds that ranks get to save and leave, after a stop signal or after another rank has died.
+GRACE_AFTER_STOP = 600.0
+GRACE_AFTER_DEATH = 30.0
+
+
+def run_ranks(arguments: list[str], ranks: int) -> int:
+    """Run `groundwork ARGUMENTS` as `ranks` processes. Returns 0 when all of them ended well.
+
+    SIGINT and SIGTERM are passed on once; the ranks save and end with 0, and so does this.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GROUNDWORK_RANKS": str(ranks),
+    }
+    command = [sys.executable, "-m", "groundwork.launch.cli", *arguments]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONSAFEPATH": "1"},
+            # a session of its own: the terminal's Ctrl-C arrives here alone, and is passed on once
+            start_new_session=True,
+        )
+        for rank in range(ranks)
+    ]
+    stopped: list[int] = []
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        stopped.append(number)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    deadline = None
+    failed: int | None = None
+    while any(process.poll() is None for process in processes):
+        time.sleep(0.1)
+        now = time.monotonic()
+        if failed is None:
+            failed = next((r for r, p in enumerate(processes) if p.poll() not in (None, 0)), None)
+            if failed is not None:
+                status = processes[failed].returncode
+                print(f"rank {failed} ended with status {status}; ending the others", file=sys.stderr)
+                deadline = now + GRACE_AFTER_DEATH
+                for process in processes:
+                    process.terminate()
+        if deadline is None and stopped:
+            deadline = now + GRACE_AFTER_STOP
+        if deadline is not None and now > deadline:
+            for process in processes:
+                process.kill()
+    return 0 if all(process.returncode == 0 for process in processes) else 1

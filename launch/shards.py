@@ -1,0 +1,162 @@
+"""`groundwork shards ...`"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from groundwork.data.samples import Concept, Sample
+from groundwork.data.shard_index import ShardError
+from groundwork.data.shards import MANIFEST, Manifest, read_manifest, write_shards
+from groundwork.data.sources.emoji import EmojiConfig, emoji_concepts, emoji_samples
+from groundwork.data.sources.image_folder import (
+    ImageFolderConfig,
+    image_folder_concepts,
+    image_folder_samples,
+)
+from groundwork.launch.errors import reporting
+
+app = typer.Typer(help="Build and inspect data sets of WebDataset shards.", no_args_is_help=True)
+build_app = typer.Typer(help="Build a data set from a source.", no_args_is_help=True)
+app.add_typer(build_app, name="build")
+
+Out = Annotated[Path, typer.Option(help="Folder of the data set.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace a data set built with other settings.")]
+console = Console(stderr=True, highlight=False)
+
+
+@build_app.command("emoji")
+def build_emoji(
+    out: Out,
+    image_size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 72,
+    renderings: Annotated[int, typer.Option(help="Pictures per pictogram.")] = 12,
+    heldout_renderings: Annotated[int, typer.Option(help="Of these, kept for evaluation.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the renderings and of the held-out concepts.")] = 0,
+    font: Annotated[Path | None, typer.Option(help="NotoColorEmoji.ttf; found by default.")] = None,
+    workers: Annotated[int, typer.Option(help="Rendering processes.")] = 2,
+    overwrite: Overwrite = False,
+) -> None:
+    """About 1,400 pictograms of Noto Color Emoji, several renderings each."""
+
+    def run() -> int:
+        config = EmojiConfig(
+            image_size=image_size,
+            renderings=renderings,
+            heldout_renderings=heldout_renderings,
+            seed=seed,
+            font=font,
+        )
+        source = {"kind": "emoji", **asdict(config), "font": None if font is None else font.name}
+        if _is_built(out, source, overwrite):
+            return 0
+        concepts = emoji_concepts(config)
+        samples = emoji_samples(config, workers=workers)
+        total = len(concepts) * config.renderings
+        licence = (
+            "Pictures: Noto Color Emoji, SIL Open Font License 1.1 (Google). "
+            "Names: Unicode CLDR through the emoji package (BSD)."
+        )
+        _write(samples, total, out, "emoji", source, licence, concepts)
+        return 0
+
+    raise typer.Exit(reporting(run))
+
+
+@build_app.command("image-folder")
+def build_image_folder(
+    root: Annotated[Path, typer.Argument(help="Folder with one sub-folder of pictures per class.")],
+    out: Out,
+    val_fraction: Annotated[float, typer.Option(help="Share of the files in the split `val`.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of the split `val`.")] = 0,
+    skip_bad: Annotated[bool, typer.Option(help="List undecodable files instead of ending.")] = False,
+    licence: Annotated[str, typer.Option(help="Licence of the pictures.")] = "unknown",
+    overwrite: Overwrite = False,
+) -> None:
+    """Pictures in class folders (the layout of ImageNet); the files are passed through unchanged."""
+
+    def run() -> int:
+        config = ImageFolderConfig(
+            root=root, val_fraction=val_fraction, seed=seed, skip_bad=skip_bad
+        )
+        source = {"kind": "image_folder", **asdict(config), "root": str(root)}
+        if _is_built(out, source, overwrite):
+            return 0
+        concepts = image_folder_concepts(config)
+
+        def bad(path: Path, reason: str) -> None:
+            console.print(f"skipped {path}: {reason}", markup=False)
+
+        samples = image_folder_samples(config, on_bad=bad)
+        _write(samples, None, out, root.name, source, licence, concepts)
+        return 0
+
+    raise typer.Exit(reporting(run))
+
+
+@app.command("stat")
+def stat(directory: Annotated[Path, typer.Argument(help="Folder of a data set.")]) -> None:
+    """Show the splits of a data set; every shard is checked for presence and size."""
+
+    def run() -> int:
+        _show(read_manifest(directory), directory)
+        return 0
+
+    raise typer.Exit(reporting(run))
+
+
+def _is_built(out: Path, source: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `out` already holds this very data set. Refuses to replace anything else."""
+    if not out.exists() or overwrite:
+        return False
+    if (out / MANIFEST).is_file():
+        manifest = read_manifest(out)
+        if dict(manifest.source) == {k: _json(v) for k, v in source.items()}:
+            console.print(f"{out}: already built with these settings")
+            return True
+        raise ShardError(
+            f"{out} holds another data set ({manifest.name}, other settings); choose another --out "
+            "or pass --overwrite"
+        )
+    if out.is_file() or any(out.iterdir()):
+        raise ShardError(f"{out} exists and is no data set; choose another --out")
+    return False
+
+
+def _write(
+    samples: Iterable[tuple[str, Sample]],
+    total: int | None,
+    out: Path,
+    name: str,
+    source: dict[str, Any],
+    licence: str,
+    concepts: list[Concept],
+) -> None:
+    def shown() -> Iterator[tuple[str, Sample]]:
+        yield from track(samples, "writing", total=total, console=console)
+
+    manifest = write_shards(
+        shown(),
+        out,
+        name=name,
+        source={k: _json(v) for k, v in source.items()},
+        licence=licence,
+        concepts=concepts,
+    )
+    _show(manifest, out)
+
+
+def _show(manifest: Manifest, directory: Path) -> None:
+    table = Table("split", "samples", "shards", "MiB", title=f"{manifest.name} in {directory}")
+    for split, shards in manifest.splits.items():
+        size = sum(shard.bytes for shard in shards) / 2**20
+        table.add_row(split, f"{manifest.samples(split):,}", str(len(shards)), f"{size:.1f}")
+    Console().print(table)
+
+
+def _json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value

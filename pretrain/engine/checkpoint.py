@@ -1,0 +1,284 @@
+"""Checkpoints: complete or absent, verified, and loaded without executing anything.
+
+    OUT/checkpoints/step-00000200/deepspeed/*.pt      DeepSpeed's shards, one set per rank
+                                  rank-00000.pt       random states of the rank
+                                  checkpoint.json     step, position, recipe, files with checksums
+    OUT/checkpoints/latest                            name of the last complete one
+
+A checkpoint is written to a hidden folder, synced, and renamed when every rank is done; `latest` is
+replaced after that. Files are read with torch's `weights_only` loader: a checkpoint from elsewhere can
+hold numbers, not code.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from groundwork.data.atomic import sync_directory, sync_file, write_atomically
+from groundwork.pretrain.engine.deepspeed_config import World
+
+FOLDER = "checkpoints"
+RECORD = "checkpoint.json"
+LATEST = "latest"
+TAG = "deepspeed"
+FORMAT = "groundwork-checkpoint"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; says which, why, and how to mend it."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """every_steps: steps between checkpoints. keep: how many of the last complete ones stay."""
+
+    every_steps: int = 1000
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or self.keep < 1:
+            raise ValueError("checkpoint.every_steps and checkpoint.keep must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run needs, besides DeepSpeed's shards, to go on exactly.
+
+    step: steps done. position: next global position of the stream. recipe: resolved, as JSON values.
+    dataset: digest of the data set. bad_samples: quarantined so far.
+    """
+
+    step: int
+    position: int
+    world_size: int
+    recipe: Mapping[str, Any]
+    dataset: str
+    bad_samples: int
+
+
+def save_checkpoint(engine: Any, out: Path, state: RunState, world: World, keep: int) -> Path:
+    """Write a checkpoint of `engine`. Collective; returns its folder when it is complete."""
+    folder = out / FOLDER
+    name = f"step-{state.step:08d}"
+    working = folder / f".{name}.partial"
+    if world.is_main:
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(working), tag=TAG, save_latest=False)
+    torch.save(_random_states(), working / f"rank-{world.rank:05d}.pt")
+    dist.barrier()
+    if world.is_main:
+        for script in (*working.glob("*.py"), *working.glob(f"{TAG}/*.py")):
+            script.unlink()  # DeepSpeed copies its converters along; a checkpoint holds data only
+        files = sorted(path for path in working.rglob("*") if path.is_file())
+        record = {
+            "format": FORMAT,
+            "version": 1,
+            **{f: getattr(state, f) for f in RunState.__dataclass_fields__},
+            "versions": {"torch": torch.__version__},
+            "files": {
+                str(path.relative_to(working)): [path.stat().st_size, _crc32c(path)]
+                for path in files
+            },
+        }
+        (working / RECORD).write_text(json.dumps(record, indent=1))
+        for path in (*files, working / RECORD, working / TAG, working):
+            sync_file(path)
+        final = folder / name
+        shutil.rmtree(final, ignore_errors=True)
+        working.rename(final)
+        sync_directory(folder)
+        write_atomically(folder / LATEST, name.encode())
+        for old in complete_checkpoints(out)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+    return folder / name
+
+
+def load_checkpoint(engine: Any, checkpoint: Path, world: World) -> RunState:
+    """Restore `engine` and the random states of this rank. Collective."""
+    state = read_state(checkpoint)
+    if state.world_size != world.size:
+        raise CheckpointError(
+            f"{checkpoint}: written by {state.world_size} ranks, this job has {world.size}; start "
+            f"it with {state.world_size} ranks (deepspeed --num_gpus {state.world_size} ...)"
+        )
+    verify_files(checkpoint)
+    engine.checkpoint_engine = _SafeLoading(engine.checkpoint_engine)
+    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_lr_scheduler_states=False)
+    if loaded is None:
+        raise CheckpointError(f"{checkpoint}: DeepSpeed found no state in it; use an earlier one")
+    _restore_random_states(load_tensors(checkpoint / f"rank-{world.rank:05d}.pt"))
+    return state
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint a path stands for: itself, or the last complete one of a run's folder.
+
+    None where the folder holds none. Falls back to earlier ones if `latest` points nowhere.
+    """
+    if (path / RECORD).is_file():
+        return path
+    latest = path / FOLDER / LATEST
+    if latest.is_file():
+        named = path / FOLDER / Path(latest.read_text("utf-8").strip()).name
+        if (named / RECORD).is_file():
+            return named
+    complete = complete_checkpoints(path)
+    return complete[-1] if complete else None
+
+
+def require_checkpoint(path: Path) -> Path:
+    """`find_checkpoint`, or an error that says what to do."""
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{path}: no checkpoint here (looked for {RECORD}, and for {FOLDER}/step-*/{RECORD}); "
+            "give the --out folder of a pretraining run, or one of its checkpoints"
+        )
+    return checkpoint
+
+
+def complete_checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(record.parent for record in (out / FOLDER).glob(f"step-*/{RECORD}"))
+
+
+def read_state(checkpoint: Path) -> RunState:
+    record = _record(checkpoint)
+    try:
+        return RunState(**{field: record[field] for field in RunState.__dataclass_fields__})
+    except KeyError as error:
+        raise CheckpointError(f"{checkpoint / RECORD}: no {error} in it; use another one") from error
+
+
+def verify_files(checkpoint: Path) -> None:
+    """Check size and checksum of every file of a checkpoint."""
+    problems = []
+    for name, (size, checksum) in _record(checkpoint)["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            problems.append(f"{name} has {path.stat().st_size:,} bytes, expected {size:,}")
+        elif _crc32c(path) != checksum:
+            problems.append(f"{name} fails its checksum")
+    if problems:
+        others = [p.name for p in complete_checkpoints(checkpoint.parent.parent) if p != checkpoint]
+        other = f"; other checkpoints here: {', '.join(others)}" if others else ""
+        raise CheckpointError(
+            f"{checkpoint}: damaged: {'; '.join(problems)}. Delete it to use an earlier one{other}"
+        )
+
+
+def state_digest(checkpoint: Path) -> str:
+    """sha256 over all parameters and the optimiser state of all ranks, for comparing two runs."""
+    digest = hashlib.sha256()
+    for path in sorted((checkpoint / TAG).glob("*optim_states.pt")):
+        digest.update(path.name.encode())
+        state = load_tensors(path)["optimizer_state_dict"]
+        for name, value in _leaves(state):
+            digest.update(f"{name} ".encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            elif isinstance(value, bool | int | float | str):
+                digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def load_tensors(path: Path) -> Any:
+    """torch.load that admits tensors, containers and DeepSpeed's own plain records, never code."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, OSError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        except Exception as error:
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            raise CheckpointError(
+                f"{path}: holds more than tensors and numbers, so it is not loaded: {error}"
+            ) from error
+
+
+class _SafeLoading:
+    """DeepSpeed's checkpoint engine, with `load` replaced by the loader that runs no code."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return load_tensors(Path(path))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def _record(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / RECORD
+    try:
+        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if record["format"] != FORMAT:
+            raise ValueError(f"format is {record['format']!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a groundwork checkpoint: {error}") from error
+    return record
+
+
+def _random_states() -> dict[str, Any]:
+    version, keys, gauss = random.getstate()
+    _, legacy, position, has_gauss, cached = np.random.get_state()
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(keys), gauss],
+        "numpy": [[int(k) for k in legacy], int(position), int(has_gauss), float(cached)],
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    legacy, position, has_gauss, cached = states["numpy"]
+    np.random.set_state(
+        ("MT19937", np.array(legacy, np.uint32), position, has_gauss, cached)
+    )
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _crc32c(path: Path) -> int:
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum.update(block)
+    return int.from_bytes(checksum.digest(), "big")
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from _leaves(value[key], f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{name}.{i}")
+    else:
+        yield name, value

@@ -1,0 +1,137 @@
+"""The training loop."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from groundwork.data.stream import BatchPlan, Stream
+from groundwork.pretrain.engine.deepspeed_config import World
+from groundwork.pretrain.engine.faults import Quarantine
+from groundwork.pretrain.engine.monitor import Monitor
+from groundwork.pretrain.engine.stop import StopRequest, seconds_since_launch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class DivergedError(RuntimeError):
+    """The loss is no number any more."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the loop is told.
+
+    first_step, steps: steps done already, and to be done in all. lr: learning rate of a step.
+    save: writes a checkpoint after that many steps (collective).
+    """
+
+    first_step: int
+    steps: int
+    plan: BatchPlan
+    precision: str
+    lr: Callable[[int], float]
+    log_every: int
+    save_every: int
+    save: Callable[[int], object]
+    workers: int
+    prefetch: int
+
+
+def train(
+    engine: Any,
+    stream: Stream[Any],
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    loop: Loop,
+    world: World,
+    monitor: Monitor,
+    quarantine: Quarantine,
+    stop: StopRequest,
+) -> int:
+    """Train until the last step, or until asked to stop. Returns the number of steps done.
+
+    Whatever ends the loop in good order, the last step done is saved.
+    """
+    batches = stream.batches(
+        loop.plan,
+        collate,
+        first_step=loop.first_step,
+        last_step=loop.steps,
+        workers=loop.workers,
+        prefetch=loop.prefetch,
+        pin_memory=world.device.type == "cuda",
+    )
+    engine.train()
+    dtype = DTYPES[loop.precision]
+    began = time.monotonic()
+    since_log, waited, done, saved = began, 0.0, loop.first_step, loop.first_step
+    while done < loop.steps and not stop.agreed():
+        lr = loop.lr(done)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        losses: dict[str, Tensor] = {}
+        for _ in range(loop.plan.accumulation):
+            asked = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - asked
+            quarantine.add(batch.faults)
+            data = {k: v.to(world.device, non_blocking=True) for k, v in batch.data.items()}
+            output = engine(data, dtype)
+            engine.backward(output["loss"])
+            engine.step()
+            for name, value in output.items():
+                part = value.detach().float() / loop.plan.accumulation
+                losses[name] = losses[name] + part if name in losses else part
+        done += 1
+        monitor.step(done)
+        if done == loop.first_step + 1:
+            monitor.say(f"first step done {seconds_since_launch():.1f} s after launch")
+        if done % loop.log_every == 0 or done == loop.steps:
+            now = time.monotonic()
+            steps = done - max(loop.first_step, (done - 1) // loop.log_every * loop.log_every)
+            means, bad = _over_ranks(losses, quarantine.pending, waited / (now - since_log), world)
+            quarantine.collect(bad, done * loop.plan.global_batch, world)
+            samples = done * loop.plan.global_batch
+            metrics = {
+                "step": done,
+                "samples": samples,
+                "epoch": samples / len(stream.dataset),
+                "seconds": now - began,
+                **means,
+                "lr": lr,
+                "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+                "seconds_per_step": (now - since_log) / steps,
+                "samples_per_s": steps * loop.plan.global_batch / (now - since_log),
+                "bad_samples": quarantine.count,
+            }
+            monitor.log(metrics)
+            if not (math.isfinite(means["loss"]) and math.isfinite(metrics["grad_norm"])):
+                raise DivergedError(
+                    f"step {done}: loss {means['loss']}, gradient norm {metrics['grad_norm']}. "
+                    "Lower optimizer.lr, lengthen schedule.warmup_steps, or set "
+                    "train.gradient_clipping; the run goes on from its last checkpoint"
+                )
+            since_log, waited = time.monotonic(), 0.0
+        if done % loop.save_every == 0 or done == loop.steps:
+            loop.save(done)
+            saved = done
+    if done > saved:
+        loop.save(done)
+    return done
+
+
+def _over_ranks(
+    losses: dict[str, Tensor], pending: int, wait: float, world: World
+) -> tuple[dict[str, float], int]:
+    """Mean of the losses and of the waiting share over ranks, and the sum of pending bad samples."""
+    names = [*losses, "data_wait"]
+    values = torch.stack([*losses.values(), torch.tensor(wait, device=world.device)]).double()
+    values = torch.cat([values, torch.tensor([pending * world.size], device=world.device)])
+    dist.all_reduce(values)
+    *means, bad = (values / world.size).tolist()
+    return dict(zip(names, means, strict=True)), round(bad)

@@ -1,0 +1,121 @@
+"""The DCNv3 layer of InternImage (arXiv 2211.05778, section 3.1): the op with what feeds it."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from groundwork.kernels.dcnv3 import dcnv3
+
+#: Of every LayerNorm in InternImage.
+LAYER_NORM_EPS = 1e-6
+
+
+class ToChannelsLast(nn.Module):
+    """(B, C, H, W) -> (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class ToChannelsFirst(nn.Module):
+    """(B, H, W, C) -> (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)
+
+
+class DCNv3(nn.Module):
+    """x: (B, H, W, C) -> (B, H, W, C).
+
+    A separable convolution of the raw input gives the offsets and the mask; the op samples the
+    projected input. With `center_feature_scale`, each group of each pixel mixes its sum with the
+    projected input there. The padding keeps the size, so kernels are odd.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        *,
+        kernel_size: int = 3,
+        dw_kernel_size: int | None = None,
+        dilation: int = 1,
+        offset_scale: float = 1.0,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        act: Callable[[], nn.Module] = nn.GELU,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        dw_kernel_size = kernel_size if dw_kernel_size is None else dw_kernel_size
+        if channels % groups != 0:
+            raise ValueError(
+                f"DCNv3: {channels} channels in {groups} groups; "
+                "choose groups that divide the channels"
+            )
+        if kernel_size % 2 == 0 or dw_kernel_size % 2 == 0:
+            raise ValueError(
+                f"DCNv3: kernel_size is {kernel_size}, dw_kernel_size is {dw_kernel_size}; an even "
+                "one changes the size of the image, give odd ones"
+            )
+        self.groups = groups
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.offset_scale = offset_scale
+        self.center_feature_scale = center_feature_scale
+        self.remove_center = remove_center
+        self.backend = backend
+
+        points = kernel_size**2 - int(remove_center)
+        self.dw_conv = nn.Sequential(
+            nn.Conv2d(
+                channels, channels, dw_kernel_size, padding=dw_kernel_size // 2, groups=channels
+            ),
+            nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels, eps=LAYER_NORM_EPS)),
+            act(),
+        )
+        self.offset = nn.Linear(channels, groups * points * 2)
+        self.mask = nn.Linear(channels, groups * points)
+        self.input_proj = nn.Linear(channels, channels)
+        self.output_proj = nn.Linear(channels, channels)
+        if center_feature_scale:
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(groups, channels))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(groups))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts on the regular grid with equal weights, and an even mix with the centre."""
+        for layer in (self.offset, self.mask):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.input_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        if self.center_feature_scale:
+            nn.init.zeros_(self.center_feature_scale_proj_weight)
+            nn.init.zeros_(self.center_feature_scale_proj_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = self.input_proj(x)
+        guide = self.dw_conv(x.permute(0, 3, 1, 2))  # (B, H, W, C)
+        sampled = dcnv3(
+            projected,
+            self.offset(guide),
+            self.mask(guide),
+            kernel_size=self.kernel_size,
+            dilation=self.dilation,
+            groups=self.groups,
+            offset_scale=self.offset_scale,
+            remove_center=self.remove_center,
+            softmax=True,
+            backend=self.backend,
+        )
+        if self.center_feature_scale:
+            scale = F.linear(
+                guide, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
+            ).sigmoid()  # (B, H, W, G)
+            scale = scale.repeat_interleave(x.shape[-1] // self.groups, dim=-1)
+            sampled = sampled * (1 - scale) + projected * scale
+        return self.output_proj(sampled)

@@ -1,0 +1,163 @@
+"""What InternImage (arXiv 2211.05778, section 3.2) is stacked from; official parameter names."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from timm.layers.drop import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from groundwork.pretrain.models.dcnv3_module import (
+    LAYER_NORM_EPS,
+    DCNv3,
+    ToChannelsFirst,
+    ToChannelsLast,
+)
+
+Norm = Literal["pre_norm", "post_norm", "res_post_norm"]
+
+
+class Stem(nn.Module):
+    """(B, 3, H, W) -> (B, H/4, W/4, C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, channels // 2, 3, stride=2, padding=1)
+        self.norm1 = nn.Sequential(
+            ToChannelsLast(), nn.LayerNorm(channels // 2, eps=LAYER_NORM_EPS), ToChannelsFirst()
+        )
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1)
+        self.norm2 = nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels, eps=LAYER_NORM_EPS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+
+
+class Stage(nn.Module):
+    """x: (B, H, W, C) -> the features (B, H, W, C), and the input (B, H/2, W/2, 2C) of the next.
+
+    Without a downsampling (the last stage) the two are the same.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence["Block"],
+        channels: int,
+        *,
+        has_norm: bool,
+        has_downsample: bool,
+        post_norm_block_ids: Sequence[int] = (),
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.activation_checkpointing = activation_checkpointing
+        self.blocks = nn.ModuleList(blocks)
+        self.post_norm_block_ids = tuple(post_norm_block_ids)
+        if self.post_norm_block_ids:
+            self.post_norms = nn.ModuleList(_layer_norm(channels) for _ in post_norm_block_ids)
+        self.norm = _layer_norm(channels) if has_norm else nn.Identity()
+        self.downsample = Downsample(channels) if has_downsample else nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for i, block in enumerate(self.blocks):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if i in self.post_norm_block_ids:
+                x = self.post_norms[self.post_norm_block_ids.index(i)](x)
+        features = self.norm(x)
+        return features, self.downsample(features)
+
+
+class Downsample(nn.Module):
+    """(B, H, W, C) -> (B, H/2, W/2, 2C), odd sizes rounded up."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels * 2, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels * 2, eps=LAYER_NORM_EPS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)))
+
+
+class Block(nn.Module):
+    """A DCNv3 and an MLP, each with a residual: (B, H, W, C) -> (B, H, W, C).
+
+    For f = dcn or mlp, DP = stochastic depth and gamma = layer scale (1 without):
+
+        pre_norm         x + DP(gamma · f(norm(x)))
+        post_norm        x + DP(gamma · norm(f(x)))
+        res_post_norm    x + DP(res_post_norm(f(norm(x))))
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        *,
+        mlp_ratio: float = 4.0,
+        norm: Norm = "pre_norm",
+        layer_scale: float | None = None,
+        offset_scale: float = 1.0,
+        dw_kernel_size: int = 3,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        drop_path: float = 0.0,
+        kernel_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.norm_scheme = norm
+        self.norm1 = _layer_norm(channels)
+        self.dcn = DCNv3(
+            channels,
+            groups,
+            dw_kernel_size=dw_kernel_size,
+            offset_scale=offset_scale,
+            center_feature_scale=center_feature_scale,
+            remove_center=remove_center,
+            backend=kernel_backend,
+        )
+        self.norm2 = _layer_norm(channels)
+        self.mlp = Mlp(channels, int(channels * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+        self.gamma1 = self.gamma2 = None
+        if layer_scale is not None:
+            self.gamma1 = nn.Parameter(torch.full((channels,), layer_scale))
+            self.gamma2 = nn.Parameter(torch.full((channels,), layer_scale))
+        if norm == "res_post_norm":
+            self.res_post_norm1 = _layer_norm(channels)
+            self.res_post_norm2 = _layer_norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm_scheme == "post_norm":
+            x = x + self.drop_path(_scaled(self.norm1(self.dcn(x)), self.gamma1))
+            return x + self.drop_path(_scaled(self.norm2(self.mlp(x)), self.gamma2))
+        if self.norm_scheme == "res_post_norm":
+            x = x + self.drop_path(self.res_post_norm1(self.dcn(self.norm1(x))))
+            return x + self.drop_path(self.res_post_norm2(self.mlp(self.norm2(x))))
+        x = x + self.drop_path(_scaled(self.dcn(self.norm1(x)), self.gamma1))
+        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, channels: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden_channels)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else x * gamma
+
+
+def _layer_norm(channels: int) -> nn.Sequential:
+    """In a Sequential because the official names say so (`norm1.0.weight`)."""
+    return nn.Sequential(nn.LayerNorm(channels, eps=LAYER_NORM_EPS))

@@ -1,0 +1,121 @@
+"""K-LITE: a two-tower contrastive model (Shen et al., NeurIPS 2022, arXiv 2204.09222).
+
+The architecture is UniCL's (Yang et al., CVPR 2022): an image encoder, a CLIP-style text encoder and
+one projection each into a shared space. K-LITE's knowledge enters through the text alone.
+Parameter names are those of the official checkpoints: `visual.*`, `text.*`, `text_projection`,
+`vision_projection`, `logit_scale`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from groundwork.pretrain.models.clip_text import TextConfig, TextTransformer, build_text
+from groundwork.pretrain.models.internimage import InternImageConfig, build_internimage
+from groundwork.pretrain.models.swin import SwinConfig, build_swin
+
+#: exp(logit_scale) is clamped to this; the reference leaves it unbounded, CLIP uses the same limit.
+MAX_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class InternImageTower(InternImageConfig):
+    """The image tower `internimage`."""
+
+    kind: Literal["internimage"] = "internimage"
+    image_size: int = 224
+    num_classes: int = 0
+
+
+ImageConfig = Annotated[SwinConfig | InternImageTower, Field(discriminator="kind")]
+
+IMAGE_TOWERS: Final[Mapping[str, Callable[[Any], nn.Module]]] = {
+    "swin": build_swin,
+    "internimage": build_internimage,
+}
+
+
+@dataclass(frozen=True)
+class KliteConfig:
+    """The model `klite`; defaults are klite_swin_tiny.
+
+    logit_scale: initial logarithm of the scale (the reference starts at 1.0, not ln(1/0.07)).
+    """
+
+    kind: Literal["klite"] = "klite"
+    image: ImageConfig = field(default_factory=SwinConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    projection_dim: int = 512
+    logit_scale: float = 1.0
+
+
+class Features(NamedTuple):
+    """Normalised features (B, D) of both towers, and the positive scale () of their products."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+
+
+class Klite(nn.Module):
+    """image: (B, 3, H, W) normalised pixels; ids: (B, N) int64 -> Features.
+
+    Either input may be left out: `forward(image=x)` gives image features (B, D) only, and so does
+    `forward(ids=ids)` for texts. All parameters are read here, so ZeRO-3 has gathered them.
+    """
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        text: TextTransformer,
+        image_dim: int,
+        projection_dim: int,
+        logit_scale: float,
+    ) -> None:
+        super().__init__()
+        self.visual = visual
+        self.text = text
+        self.text_projection = nn.Parameter(torch.empty(text.out_dim, projection_dim))
+        self.vision_projection = nn.Parameter(torch.empty(image_dim, projection_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
+        nn.init.trunc_normal_(self.text_projection, std=0.02)
+        nn.init.trunc_normal_(self.vision_projection, std=0.02)
+
+    def forward(self, image: Tensor | None = None, ids: Tensor | None = None) -> Any:
+        if ids is None and image is None:
+            raise ValueError("Klite: give an image, ids, or both")
+        image_features = text_features = None
+        if image is not None:
+            image_features = F.normalize(self.visual(image) @ self.vision_projection, dim=-1)
+        if ids is not None:
+            text_features = F.normalize(self.text(ids) @ self.text_projection, dim=-1)
+        if image_features is None:
+            return text_features
+        if text_features is None:
+            return image_features
+        scale = self.logit_scale.float().exp().clamp(max=MAX_SCALE)
+        return Features(image_features, text_features, scale)
+
+    def no_weight_decay(self) -> frozenset[str]:
+        """Parameters of two or more dimensions that are not decayed (1-d ones never are)."""
+        return frozenset(
+            name
+            for name, _ in self.named_parameters()
+            if name.endswith(("positional_embedding", "relative_position_bias_table"))
+        )
+
+
+def build_klite(config: KliteConfig) -> Klite:
+    visual = IMAGE_TOWERS[config.image.kind](config.image)
+    return Klite(
+        visual=visual,
+        text=build_text(config.text),
+        image_dim=config.image.out_dim,
+        projection_dim=config.projection_dim,
+        logit_scale=config.logit_scale,
+    )
