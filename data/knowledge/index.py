@@ -9,7 +9,6 @@ that touches a handful of pages. Opening maps the file and checks the offset arr
 import json
 import mmap
 import os
-import secrets
 import struct
 import sys
 import zlib
@@ -21,6 +20,8 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from groundwork.data.atomic import write_atomically
 
 #: A carriage return and a line feed, as in PNG, so that a transfer in text mode is noticed.
 MAGIC: Final = b"GWKNOW\r\n"
@@ -348,11 +349,11 @@ def write_index(
         "parameters": dict(parameters or {}),
         "pos_names": pos_names,
     }
-    _write_atomically(path, header, sections)
+    _write_sections(path, header, sections)
     return counts
 
 
-def _write_atomically(
+def _write_sections(
     path: Path, header: dict[str, Any], sections: Mapping[str, NDArray[Any]]
 ) -> None:
     table: dict[str, tuple[str, int, int]] = {}
@@ -369,27 +370,13 @@ def _write_atomically(
     raw = json.dumps(header, ensure_ascii=False, sort_keys=True).encode("utf-8")
     prelude = _PRELUDE.pack(MAGIC, FORMAT_VERSION, zlib.crc32(raw), len(raw))
     start = prelude + raw
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    padding = bytes(_aligned(len(start)) - len(start))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(start + bytes(_aligned(len(start)) - len(start)))
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, b"".join((start, padding, payload)))
     except OSError as error:
         raise KnowledgeError(
             f"{path}: cannot be written ({error.strerror or error}); choose another --out"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    # The rename itself is durable only once the folder is on the disk.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _add_strings(sections: dict[str, NDArray[Any]], name: str, texts: Iterable[str]) -> None:

@@ -15,8 +15,8 @@ from groundwork.data.knowledge.index import Entry, KnowledgeIndex
 from groundwork.data.knowledge.wordnet import POS_FILES, morphy
 
 #: Which of several hypernyms a path takes: the first in WordNet's file, or the first by sense id,
-#: as NLTK sorted them when K-LITE's files were made. (Today's NLTK keeps them in a set, so its first
-#: hypernym changes from process to process with the seed of Python's string hash.)
+#: as NLTK sorted them when K-LITE's files were made. (Today's NLTK keeps them in a set, so its
+#: first hypernym changes from process to process with the seed of Python's string hash.)
 HypernymOrder = Literal["file", "name"]
 #: Which sense of a noun is taken: the first, or the first that can be seen in a picture and is not
 #: a kind of person ("shrimp" is first of all a small person).
@@ -131,9 +131,10 @@ def find_knowledge(
     for exact, phrases in ((True, [text]), (False, heads)):
         for pos in ("n", None):
             if (match := _first_match(index, phrases, pos)) is not None:
-                phrase, candidates = match
-                sense = candidates[0]
+                phrase, numbers = match
+                sense = index.entry(numbers[0])
                 if prefer == "physical":
+                    candidates = (index.entry(number) for number in numbers)
                     sense = next((s for s in candidates if _is_visible_thing(index, s)), sense)
                 return knowledge_of(index, sense, phrase, exact=exact, order=order)
     return None
@@ -191,12 +192,12 @@ def _paths_from_root(
 
 def _first_match(
     index: KnowledgeIndex, phrases: Iterable[str], pos: str | None
-) -> tuple[str, tuple[Entry, ...]] | None:
-    """The first phrase that is a term in some spelling, and its senses."""
+) -> tuple[str, list[int]] | None:
+    """The first phrase that is a term in some spelling, and the numbers of its senses."""
     for phrase in phrases:
         for spelling in _spellings(phrase):
-            if found := senses(index, spelling, pos):
-                return phrase, found
+            if numbers := _sense_numbers(index, spelling, pos):
+                return phrase, numbers
     return None
 
 
