@@ -82,7 +82,11 @@ class Klite(nn.Module):
         self.text = text
         self.text_projection = nn.Parameter(torch.empty(text.out_dim, projection_dim))
         self.vision_projection = nn.Parameter(torch.empty(image_dim, projection_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
+        # one element, not a scalar: DeepSpeed cannot broadcast 0-dimensional parameters. In state
+        # dicts it is the scalar of the official checkpoints.
+        self.logit_scale = nn.Parameter(torch.full((1,), float(logit_scale)))
+        self.register_state_dict_post_hook(_scalar_logit_scale)
+        self.register_load_state_dict_pre_hook(_one_element_logit_scale)
         nn.init.trunc_normal_(self.text_projection, std=0.02)
         nn.init.trunc_normal_(self.vision_projection, std=0.02)
 
@@ -98,7 +102,7 @@ class Klite(nn.Module):
             return text_features
         if text_features is None:
             return image_features
-        scale = self.logit_scale.float().exp().clamp(max=MAX_SCALE)
+        scale = self.logit_scale.float().exp().clamp(max=MAX_SCALE).squeeze(0)
         return Features(image_features, text_features, scale)
 
     def no_weight_decay(self) -> frozenset[str]:
@@ -108,6 +112,20 @@ class Klite(nn.Module):
             for name, _ in self.named_parameters()
             if name.endswith(("positional_embedding", "relative_position_bias_table"))
         )
+
+
+def _scalar_logit_scale(_module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    value = state[f"{prefix}logit_scale"]
+    if value.numel() == 1:  # under ZeRO-3 it may be partitioned, and empty here
+        state[f"{prefix}logit_scale"] = value.reshape(())
+
+
+def _one_element_logit_scale(
+    _module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    value = state.get(f"{prefix}logit_scale")
+    if value is not None and value.ndim == 0:
+        state[f"{prefix}logit_scale"] = value.reshape(1)
 
 
 def build_klite(config: KliteConfig) -> Klite:
