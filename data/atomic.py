@@ -1,5 +1,7 @@
 """Writing files so that a reader never sees half of one."""
 
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -31,27 +33,71 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its name when the block ends without error.
 
     A folder already at `path` is replaced, and kept until the new one is complete. Whatever an
-    earlier, killed writer left behind under the working name is removed first.
+    earlier, killed writer left behind is removed or, where it was killed between the two renames of
+    a replacement, put back first. A symbolic link is followed: the folder it points to is replaced.
+    Raises NotADirectoryError where a file is in the way, BlockingIOError while another process
+    writes the same folder.
     """
-    path = path.absolute()
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder is to be written", path)
     working = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(working, ignore_errors=True)
-    working.mkdir(parents=True)
+    replaced = path.with_name(f".{path.name}.replaced")
+    lock = _claim(working)
     try:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        for leftover in working.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield working
-        for file in working.rglob("*"):
-            if file.is_file():
-                sync_file(file)
+        for entry in working.rglob("*"):
+            sync_file(entry)
         sync_directory(working)
-        replaced = path.with_name(f".{path.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
-        if path.exists():
-            path.rename(replaced)
-        working.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
-        sync_directory(path.parent)
-    finally:
+        _replace_directory(path, working, replaced)
+    except BaseException:
         shutil.rmtree(working, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+    sync_directory(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replace_directory(path: Path, working: Path, replaced: Path) -> None:
+    if path.exists():
+        path.rename(replaced)
+    try:
+        working.rename(path)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(path)
+        raise
+
+
+def _claim(working: Path) -> int:
+    """Make the working folder and lock it; returns the handle that holds the lock.
+
+    The lock dies with the process, so what a killed writer left behind can be told from the folder
+    of one at work, whose shards another writer would otherwise mix with its own.
+    """
+    working.mkdir(parents=True, exist_ok=True)
+    busy = BlockingIOError(errno.EWOULDBLOCK, "another process is writing this folder", working)
+    try:
+        handle = os.open(working, os.O_RDONLY)
+    except FileNotFoundError:
+        raise busy from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # its former owner may have given it its final name between the two calls
+        if not working.exists() or not os.path.samestat(os.fstat(handle), working.stat()):
+            raise busy
+    except BlockingIOError:
+        os.close(handle)
+        raise busy from None
+    except OSError:
+        pass  # file systems without locks (some NFS and Lustre mounts): one writer is up to the user
+    return handle
 
 
 def sync_file(path: Path) -> None:

@@ -1,10 +1,12 @@
 """The console script `groundwork`: parse, validate, call."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from groundwork.launch.evaluation import app as evaluation_app
 from groundwork.launch.knowledge import app as knowledge_app
 from groundwork.launch.recipes import app as recipe_app
 from groundwork.launch.shards import app as shards_app
@@ -19,6 +21,7 @@ app = typer.Typer(
 app.add_typer(shards_app, name="shards")
 app.add_typer(knowledge_app, name="knowledge")
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(evaluation_app, name="evaluate")
 
 
 @app.command(context_settings={"ignore_unknown_options": False})
@@ -42,6 +45,20 @@ def pretrain(
     from groundwork.launch.pretraining import start
 
     raise typer.Exit(start(recipe, out, set_ or [], ranks, timeout))
+
+
+@app.command("export")
+def export_model(
+    checkpoint: Annotated[Path, typer.Option(help="Folder of a run, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    format_: Annotated[
+        str, typer.Option("--format", help="hf (loads with transformers) or groundwork.")
+    ] = "hf",
+) -> None:
+    """Write a trained model for others; reloaded in a fresh process, it must embed the same."""
+    from groundwork.launch.export import start
+
+    raise typer.Exit(start(checkpoint, out, format_))
 
 
 def main(argv: list[str] | None = None) -> int:

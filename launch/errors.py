@@ -15,8 +15,10 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from groundwork.data.sources.errors import SourceError
     from groundwork.data.stream import UnreadableDataError
     from groundwork.data.text import TokenizerError
+    from groundwork.pretrain.weights.huggingface import ExportError
 
     return (
+        ExportError,
         KnowledgeError,
         SampleError,
         ShardError,

@@ -160,7 +160,7 @@ def _validate(values: dict[str, Any], source: str, lines: Mapping[str, int]) -> 
 
 
 def _explain(problem: Any, source: str, lines: Mapping[str, int]) -> str:
-    steps = _recipe_keys(problem["loc"])
+    steps = _recipe_keys(problem["loc"], problem["type"])
     key = ".".join(steps)
     line = next((lines[k] for k in _prefixes(key) if k in lines), None)
     where = f"{source}:{line}" if line else source
@@ -174,15 +174,16 @@ def _explain(problem: Any, source: str, lines: Mapping[str, int]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     got = problem.get("input")
     shown = "" if isinstance(got, dict) or "Value error" in problem["msg"] else f" (got {got!r})"
-    return f"{where}: {key}: {message}{shown}"
+    return f"{where}: {message}" if message.startswith(key) else f"{where}: {key}: {message}{shown}"
 
 
-def _recipe_keys(location: Sequence[str | int]) -> list[str]:
+def _recipe_keys(location: Sequence[str | int], kind: str) -> list[str]:
     """A location without the tags of unions, which pydantic adds and no recipe has."""
     steps: list[str] = []
     for i, step in enumerate(map(str, location)):
-        last = i == len(location) - 1
-        if last or step.isdigit() or step in _known_keys(steps) or not _known_keys(steps):
+        is_unknown_key = i == len(location) - 1 and kind == "unexpected_keyword_argument"
+        known = _known_keys(steps)
+        if is_unknown_key or step in known or not known:
             steps.append(step)
     return steps
 

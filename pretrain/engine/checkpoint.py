@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from groundwork.data.atomic import sync_directory, sync_file, write_atomically
-from groundwork.pretrain.engine.deepspeed_config import World
+from groundwork.pretrain.engine.deepspeed_config import World, prepare_environment
 
 FOLDER = "checkpoints"
 RECORD = "checkpoint.json"
@@ -200,6 +200,7 @@ def state_digest(checkpoint: Path) -> str:
 
 def load_tensors(path: Path) -> Any:
     """torch.load that admits tensors, containers and DeepSpeed's own plain records, never code."""
+    prepare_environment()
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
 

@@ -18,6 +18,17 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas is {list(self.betas)}; both must be in [0, 1)")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"optimizer.weight_decay is {self.weight_decay}; it must not be negative"
+            )
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -27,11 +38,17 @@ class ScheduleConfig:
     warmup_steps: int = 0
     min_lr: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("warmup_steps", "min_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"schedule.{name} is {getattr(self, name)}; it must not be negative")
+
 
 def lr_at(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """The learning rate of a step (0-based): a pure function, so a resumed run needs no state.
 
-    The last step of the warm-up has the peak, the last step of all has min_lr.
+    The last step of the warm-up has the peak, and so has the first after it; the last step of all has
+    min_lr, where it is not that first one.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
@@ -44,17 +61,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Two groups: decayed, and not decayed (fewer than two dimensions, or in `no_weight_decay`).
 
     Any submodule may name parameters that are not to be decayed through a method
-    `no_weight_decay() -> set of names`. Call before ZeRO-3 flattens the parameters.
+    `no_weight_decay() -> set of names`, relative to itself. A parameter that has several names is
+    not decayed if one of them is named.
     """
     exempt = set()
     for prefix, module in model.named_modules():
         names = getattr(module, "no_weight_decay", None)
         if callable(names):
             exempt |= {f"{prefix}.{name}" if prefix else name for name in names()}
+    every_name = model.named_parameters(remove_duplicate=False)
+    exempt_ids = {id(parameter) for name, parameter in every_name if name in exempt}
     decayed, plain = [], []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            chosen = plain if parameter.ndim < 2 or name in exempt else decayed
+            # ZeRO-3 flattens what it partitions, and keeps the shape here
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            chosen = plain if len(shape) < 2 or id(parameter) in exempt_ids else decayed
             chosen.append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},

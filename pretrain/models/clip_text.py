@@ -103,9 +103,10 @@ class ResidualBlock(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """ids: (B, N) int64 -> (B, width): the final state at the end token.
+    """ids: (B, N) int64, N at most context_length -> (B, width): the final state at the end token.
 
-    The end token has the highest id, so it stands at argmax(ids).
+    The end token has the highest id, so it stands at argmax(ids): a text that was cut must end with
+    it, or the state is read at the start token, which has seen nothing of the text.
     """
 
     def __init__(
@@ -133,6 +134,11 @@ class TextTransformer(nn.Module):
         self.apply(init_linear_and_norm)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if ids.shape[1] > len(self.positional_embedding):
+            raise ValueError(
+                f"TextTransformer: texts of {ids.shape[1]} ids, but context_length is "
+                f"{len(self.positional_embedding)}; give both from one setting"
+            )
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         mask = None if self.autoregressive else (ids != 0)[:, None, None, :]
         for block in self.resblocks:

@@ -19,7 +19,7 @@ from groundwork.pretrain.models.clip_text import TextConfig, TextTransformer, bu
 from groundwork.pretrain.models.internimage import InternImageConfig, build_internimage
 from groundwork.pretrain.models.swin import SwinConfig, build_swin
 
-#: exp(logit_scale) is clamped to this; the reference leaves it unbounded, CLIP uses the same limit.
+#: exp(logit_scale) is limited to this; the reference leaves it unbounded, CLIP has the same limit.
 MAX_SCALE = 100.0
 
 
@@ -55,7 +55,11 @@ class KliteConfig:
 
 
 class Features(NamedTuple):
-    """Normalised features (B, D) of both towers, and the positive scale () of their products."""
+    """Normalised features (B, D) of both towers, and the positive scale () of their products.
+
+    float32 whatever the weights are: times a scale of 100, the rounding of bf16 features would move
+    the logits by several tenths.
+    """
 
     image: Tensor
     text: Tensor
@@ -95,15 +99,17 @@ class Klite(nn.Module):
             raise ValueError("Klite: give an image, ids, or both")
         image_features = text_features = None
         if image is not None:
-            image_features = F.normalize(self.visual(image) @ self.vision_projection, dim=-1)
+            projected = self.visual(image) @ self.vision_projection
+            image_features = F.normalize(projected.float(), dim=-1)
         if ids is not None:
-            text_features = F.normalize(self.text(ids) @ self.text_projection, dim=-1)
+            projected = self.text(ids) @ self.text_projection
+            text_features = F.normalize(projected.float(), dim=-1)
         if image_features is None:
             return text_features
         if text_features is None:
             return image_features
-        scale = self.logit_scale.float().exp().clamp(max=MAX_SCALE).squeeze(0)
-        return Features(image_features, text_features, scale)
+        scale = self.logit_scale.float().exp().squeeze(0)
+        return Features(image_features, text_features, _Limited.apply(scale))
 
     def no_weight_decay(self) -> frozenset[str]:
         """Parameters of two or more dimensions that are not decayed (1-d ones never are)."""
@@ -112,6 +118,23 @@ class Klite(nn.Module):
             for name, _ in self.named_parameters()
             if name.endswith(("positional_embedding", "relative_position_bias_table"))
         )
+
+
+class _Limited(torch.autograd.Function):
+    """min(scale, MAX_SCALE), with a gradient that leads back below the limit.
+
+    clamp has none above it, so a scale that one step carries over the limit would stay there for good.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return scale.clamp(max=MAX_SCALE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (scale,) = ctx.saved_tensors
+        return grad.masked_fill((scale > MAX_SCALE) & (grad < 0), 0.0)
 
 
 def _scalar_logit_scale(_module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 #: Label of a sample that belongs to no class: its only positive is itself.
 UNIQUE = -1
@@ -27,7 +28,7 @@ class _GatherRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may still need its own
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -46,9 +47,10 @@ def gather_ranks(x: Tensor) -> Tensor:
 def resolve_unique(labels: Tensor) -> Tensor:
     """Give each UNIQUE entry a label of its own. labels: (N,) int64 of the *global* batch -> (N,).
 
-    Only after the gather: two ranks on their own would invent the same fresh label.
+    Only after the gather: two ranks on their own would invent the same fresh label. Fresh labels are
+    negative, so they meet no class, and no 64-bit hash of a text however large.
     """
-    fresh = labels.max().clamp_min(0) + 1 + torch.arange(len(labels), device=labels.device)
+    fresh = UNIQUE - 1 - torch.arange(len(labels), device=labels.device)
     return torch.where(labels == UNIQUE, fresh, labels)
 
 
@@ -68,23 +70,25 @@ class _SoftContrastive(torch.autograd.Function):
         q, k, s = queries.float(), keys.float(), scale.float()
         grad_q, grad_k = torch.empty_like(q), torch.zeros_like(k)
         loss, grad_s = q.new_zeros(()), q.new_zeros(())
-        for start in range(0, len(q), block_rows):
-            rows = slice(start, start + block_rows)
-            cosines = q[rows] @ k.T  # (b, N)
-            log_p = torch.log_softmax(s * cosines, dim=1)
-            targets = (query_labels[rows, None] == key_labels).float()
-            targets /= targets.sum(1, keepdim=True)
-            loss -= (targets * log_p).sum()
-            grad = log_p.exp_().sub_(targets)  # of the row's loss by its logits
-            grad_s += (grad * cosines).sum()
-            grad_q[rows] = grad @ k
-            grad_k.addmm_(grad.T, q[rows])
+        with torch.autocast(q.device.type, enabled=False):  # it would make the logits bf16 again
+            for start in range(0, len(q), block_rows):
+                rows = slice(start, start + block_rows)
+                cosines = q[rows] @ k.T  # (b, N)
+                log_p = torch.log_softmax(s * cosines, dim=1)
+                targets = (query_labels[rows, None] == key_labels).float()
+                targets /= targets.sum(1, keepdim=True)
+                loss -= (targets * log_p).sum()
+                grad = log_p.exp_().sub_(targets)  # of the row's loss by its logits
+                grad_s += (grad * cosines).sum()
+                grad_q[rows] = grad @ k
+                grad_k.addmm_(grad.T, q[rows])
         ctx.save_for_backward(grad_q, grad_k, grad_s, s)
         ctx.dtypes = queries.dtype, keys.dtype, scale.dtype
         return loss / len(q)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         grad_q, grad_k, grad_s, s = ctx.saved_tensors
         factor = grad / len(grad_q)
         return (
@@ -108,7 +112,7 @@ def soft_contrastive(
     """Mean over queries of the multi-positive contrastive loss, float32.
 
     queries: (b, D); keys: (N, D); scale: (); query_labels: (b,), key_labels: (N,) int64. Every query
-    needs a key of its label. Memory: block_rows x N floats, forward and backward.
+    needs a key of its label. Memory: a few times block_rows x N floats, forward and backward.
     """
     return _SoftContrastive.apply(queries, keys, scale, query_labels, key_labels, block_rows)
 

@@ -11,20 +11,26 @@ from groundwork.pretrain.objectives.contrastive import unicl_loss
 
 @dataclass(frozen=True)
 class UniclConfig:
-    """The objective `unicl`. block_rows: rows of the logit matrix that exist at a time."""
+    """The objective `unicl`. block_rows: rows of the logit matrix that exist at a time.
+
+    A pair's negatives are those of one forward pass over all ranks: under gradient accumulation that
+    is micro_batch x ranks, not the global batch.
+    """
 
     kind: Literal["unicl"] = "unicl"
     block_rows: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.block_rows < 1:
+            raise ValueError(f"objective.block_rows is {self.block_rows}; it must be at least 1")
 
 
 class Unicl(nn.Module):
     """What DeepSpeed wraps: the model, and the loss over the global batch.
 
-    mean, std: of the pixels in [0, 1], per channel.
+    mean, std: of the pixels in [0, 1], per channel. Plain numbers: buffers would be rounded to bf16
+    with the weights.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -36,12 +42,13 @@ class Unicl(nn.Module):
         super().__init__()
         self.model = model
         self.block_rows = config.block_rows
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.mean, self.std = mean, std
 
     def normalise(self, image: Tensor, dtype: torch.dtype) -> Tensor:
-        """image: (B, 3, H, W) uint8 -> normalised pixels."""
-        return ((image.float() / 255 - self.mean.float()) / self.std.float()).to(dtype)
+        """image: (B, 3, H, W) uint8 -> normalised pixels, computed in float32."""
+        unit = image.float() / 255
+        channels = zip(unit.unbind(1), self.mean, self.std, strict=True)
+        return torch.stack([(x - mean) / std for x, mean, std in channels], dim=1).to(dtype)
 
     def forward(self, batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """batch: image (B, 3, H, W) uint8, ids (B, N) int64, labels (B,) int64 (-1: unique)."""
