@@ -96,7 +96,7 @@ def _claim(working: Path) -> int:
         os.close(handle)
         raise busy from None
     except OSError:
-        pass  # file systems without locks (some NFS and Lustre mounts): one writer is up to the user
+        pass  # a file system without locks (some NFS and Lustre mounts) is used without
     return handle
 
 

@@ -1,14 +1,14 @@
 """An opened split: random access to the samples of many tars by one number."""
 
-import glob
 import hashlib
 import json
 import logging
-import mmap
 import os
+import re
 from collections.abc import Sequence
+from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -17,6 +17,7 @@ from webdataset.shardlists import expand_urls
 from groundwork.data.samples import Concept, Sample, SampleError, sample_from_fields
 from groundwork.data.shard_index import (
     MISSING,
+    OutdatedIndexError,
     ShardError,
     ShardIndex,
     index_path,
@@ -24,15 +25,23 @@ from groundwork.data.shard_index import (
     scan_tar,
     write_index,
 )
-from groundwork.data.shards import MANIFEST, read_concepts, read_manifest
+from groundwork.data.shards import MANIFEST, file_checksum, read_concepts, read_manifest
 
 log = logging.getLogger(__name__)
+
+#: Tars a process keeps open. A shuffled stream visits all of them; the limit on open files is often
+#: 1,024, and opening a tar costs microseconds.
+MAX_OPEN_TARS = 128
+#: What foreign tars may have in their keys and `Sample` may not.
+UNFIT_FOR_KEYS = re.compile(r"[./\\\s]")
 
 
 class Dataset:
     """The samples of one split, numbered 0..len-1 in shard order.
 
-    Tars are memory-mapped on first use in each process; the object itself can be pickled and forked.
+    Tars are opened on first use in each process; the object itself can be pickled and forked.
+    Plain reads rather than memory maps, because a map of a tar that shrinks under it, or whose disk
+    fails, kills the process instead of raising.
     digest: identifies the content, for checkpoints.
     """
 
@@ -48,16 +57,18 @@ class Dataset:
         self.digest = digest
         self.concepts = list(concepts)
         self.ends = np.cumsum([len(index) for index in indices], dtype=np.int64)
-        self._maps: dict[int, mmap.mmap] = {}
+        self._open_tars: dict[int, BinaryIO] = {}
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_open_tars": {}}
 
     def locate(self, index: int) -> tuple[int, int]:
         """(shard number, sample number inside the shard)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a data set of {len(self)}")
         shard = int(np.searchsorted(self.ends, index, side="right"))
         return shard, index - (int(self.ends[shard - 1]) if shard else 0)
 
@@ -69,25 +80,38 @@ class Dataset:
     def read(self, index: int) -> Sample:
         """Read one sample and verify the checksums. Raises SampleError if it is not as written."""
         shard, row = self.locate(index)
-        table, data = self.indices[shard], self._map(shard)
+        table = self.indices[shard]
+        offsets, sizes = table.offsets[row], table.sizes[row]
+        present = np.flatnonzero(sizes != MISSING)
+        begin = int(offsets[present].min())
+        data = self._bytes(shard, begin, int((offsets + sizes)[present].max()))
         fields = {}
-        for column, field in enumerate(table.fields):
-            size, offset = int(table.sizes[row, column]), int(table.offsets[row, column])
-            if size == MISSING:
-                continue
-            content = data[offset : offset + size]
+        for column in present:
+            start, field = int(offsets[column]) - begin, table.fields[column]
+            content = data[start : start + int(sizes[column])]
             if google_crc32c.value(content) != table.checksums[row, column]:
-                raise SampleError(f"member {field!r} fails its checksum: the tar is damaged")
+                raise SampleError(
+                    f"member {field!r} fails its checksum: the tar was damaged, or replaced after "
+                    "it was indexed"
+                )
             fields[field] = content
-        return sample_from_fields(table.key(row).replace("/", "_"), fields)
+        try:
+            return sample_from_fields(UNFIT_FOR_KEYS.sub("_", table.key(row)), fields)
+        except RecursionError as error:
+            raise SampleError("member 'json' is nested too deeply") from error
 
-    def _map(self, shard: int) -> mmap.mmap:
-        mapped = self._maps.get(shard)
-        if mapped is None:
-            with self.tars[shard].open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._maps[shard] = mapped
-        return mapped
+    def _bytes(self, shard: int, begin: int, end: int) -> bytes:
+        try:
+            return os.pread(self._tar(shard).fileno(), end - begin, begin)
+        except OSError as error:
+            raise SampleError(f"cannot be read: {error}") from error
+
+    def _tar(self, shard: int) -> BinaryIO:
+        tar = self._open_tars.pop(shard, None) or self.tars[shard].open("rb", buffering=0)
+        self._open_tars[shard] = tar  # the last one of the dictionary is the one used last
+        if len(self._open_tars) > MAX_OPEN_TARS:
+            self._open_tars.pop(next(iter(self._open_tars))).close()
+        return tar
 
 
 def open_dataset(shards: str, split: str = "train") -> Dataset:
@@ -105,29 +129,39 @@ def open_dataset(shards: str, split: str = "train") -> Dataset:
                 f"{directory}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}"
             )
         tars = [directory / shard.file for shard in manifest.splits[split]]
-        indices = [_index(tar) for tar in tars]
-        for shard, index in zip(manifest.splits[split], indices, strict=True):
+        indices = []
+        for tar, shard in zip(tars, manifest.splits[split], strict=True):
+            index = _index(tar, shard.crc32c)
             if len(index) != shard.samples:
                 raise ShardError(
                     f"{directory / shard.file}: its index has {len(index)} samples, the manifest "
                     f"says {shard.samples}; fetch the shard and its index again"
                 )
+            indices.append(index)
+        if not manifest.samples(split):
+            raise ShardError(f"{directory}: split {split!r} holds no sample; build it again")
         return Dataset(tars, indices, f"{manifest.digest()}/{split}", read_concepts(directory))
     tars = _plain_tars(shards)
     indices = [_index(tar) for tar in tars]
     if not sum(map(len, indices)):
         raise ShardError(f"{shards}: the tars hold no sample")
-    content = [(tar.name, index.tar_bytes, len(index)) for tar, index in zip(tars, indices)]
+    content = [(tar.name, index.digest()) for tar, index in zip(tars, indices, strict=True)]
     return Dataset(tars, indices, hashlib.sha256(json.dumps(content).encode()).hexdigest())
 
 
 def _plain_tars(shards: str) -> list[Path]:
     if Path(shards).is_dir():
         tars = sorted(Path(shards).glob("*.tar"))
-    elif "{" in shards:
-        tars = [Path(url) for url in expand_urls(shards)]
+    elif Path(shards).is_file():
+        tars = [Path(shards)]
     else:
-        tars = sorted(Path(name) for name in glob.glob(shards))
+        # braces promise every file they name, stars what is there
+        patterns = expand_urls(shards) if "{" in shards else [shards]
+        found = [
+            sorted(glob(pattern)) if has_magic(pattern) else [pattern]  # noqa: PTH207
+            for pattern in patterns
+        ]
+        tars = [Path(name) for names in found for name in names]
     missing = [str(tar) for tar in tars if not tar.is_file()]
     if not tars or missing:
         what = f"missing: {', '.join(missing[:5])}" if missing else "no data set and no tar here"
@@ -138,13 +172,22 @@ def _plain_tars(shards: str) -> list[Path]:
     return tars
 
 
-def _index(tar: Path) -> ShardIndex:
+def _index(tar: Path, crc32c: int | None = None) -> ShardIndex:
+    """The side-car, or a new one made from the tar. crc32c: what the tar is known to have."""
     side_car = index_path(tar)
     if side_car.is_file():
-        return read_index(side_car, tar)
+        try:
+            return read_index(side_car, tar)
+        except OutdatedIndexError as error:
+            log.info("%s", error)
+    # the new index takes the bytes of the tar for right, so they have to be
+    if crc32c is not None and file_checksum(tar) != crc32c:
+        raise ShardError(
+            f"{tar}: does not have the checksum that the manifest says; fetch this shard again"
+        )
     index = scan_tar(tar)
-    if os.access(tar.parent, os.W_OK):
+    try:
         write_index(index, side_car)
-    else:
-        log.warning("%s: folder not writable, so the tar is scanned at every start", tar)
+    except OSError as error:
+        log.warning("%s: not written (%s), so the tar is scanned at every start", side_car, error)
     return index

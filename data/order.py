@@ -1,8 +1,8 @@
 """The global order: which sample is number i of the stream. Pure functions of (seed, size).
 
 The order of an epoch is a keyed permutation of the sample indices, computed per element (a Feistel
-network with cycle walking: Black & Rogaway, "Ciphers with arbitrary finite domains", 2002). There is
-no shuffle buffer and no stored permutation: element 10^9 costs as much as element 0, ranks and
+network with cycle walking: Black & Rogaway, "Ciphers with arbitrary finite domains", 2002). There
+is no shuffle buffer and no stored permutation: element 10^9 costs as much as element 0, ranks and
 workers only decide who computes which elements, and the state of a stream is one integer.
 """
 
@@ -53,9 +53,7 @@ class GlobalOrder:
         return int.from_bytes(digest, "little") % self.num_samples
 
 
-def permute(
-    values: NDArray[np.int64], size: int, key: NDArray[np.uint64]
-) -> NDArray[np.int64]:
+def permute(values: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Apply a keyed permutation of {0..size-1}. values: (K,) int64; key: (ROUNDS,) uint64."""
     half_bits = max(1, -(-int(size - 1).bit_length() // 2))
     result = _feistel(values.astype(np.uint64), half_bits, key)
@@ -90,6 +88,6 @@ def _key(seed: int, epoch: int) -> NDArray[np.uint64]:
 
 
 def sample_generator(seed: int, position: int) -> np.random.Generator:
-    """The random numbers of the sample at a global position: the same on any rank, worker or run."""
+    """The random numbers of the sample at a global position: the same on every rank and worker."""
     digest = hashlib.blake2b(f"sample {seed} {position}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, "<u8")))

@@ -3,10 +3,11 @@
 A plain WebDataset tar can only be read from the front. The side-car turns it into an array: sample
 number i is one slice per field, so a stream can open anywhere without reading what comes before.
 
-Layout, little-endian: magic (7 bytes), version (uint8), length of the JSON header (uint32), crc32c of
-all that follows (uint32), header, zero padding to a multiple of 8, then `offsets` (samples, fields)
-int64, `sizes` (samples, fields) int64, `checksums` (samples, fields) uint32 padded to 8, `key_ends`
-(samples) int64, and the keys, UTF-8, end to end. A field that a sample lacks has size -1.
+Layout, little-endian: magic (7 bytes), version (uint8), length of the JSON header (uint32), crc32c
+of all that follows (uint32), header, zero padding to a multiple of 8, then `offsets` (samples,
+fields) int64, `sizes` (samples, fields) int64, `checksums` (samples, fields) uint32 padded to 8,
+`key_ends` (samples) int64, and the keys, UTF-8, end to end. A field that a sample lacks has size
+-1.
 """
 
 import hashlib
@@ -133,14 +134,14 @@ def scan_tar(tar: Path) -> ShardIndex:
 
 
 def _members(tar: Path) -> Iterator[tuple[str, int, int, int]]:
-    """(name, offset, size, crc32c) of each regular member; refuses what a data tar must not hold."""
+    """(name, offset, size, crc32c) of each file; refuses what a data tar must not hold."""
     total = tar.stat().st_size
     with tar.open("rb") as raw:
         try:
             with tarfile.open(fileobj=raw, mode="r:") as archive:
                 end = 0
-                for member in archive:
-                    archive.members.clear()  # it keeps every header otherwise
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # or it keeps every header
                     if member.size < 0 or member.offset_data < end:
                         raise _damaged(tar, end)
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
@@ -158,10 +159,12 @@ def _members(tar: Path) -> Iterator[tuple[str, int, int, int]]:
                     raise _truncated(tar, total, end + 2 * BLOCK)
                 if any(marker):
                     raise _damaged(tar, end)
-        except (tarfile.TarError, EOFError, UnicodeError, OverflowError) as error:
+        except ShardError:
+            raise
+        except (tarfile.TarError, EOFError, ValueError) as error:
             raise ShardError(
-                f"{tar}: not a readable tar ({error}); fetch or build this shard again (a compressed "
-                "tar has no random access: decompress it first)"
+                f"{tar}: not a readable tar ({error}); fetch or build this shard again (a tar that "
+                "is compressed has no random access: decompress it first)"
             ) from error
 
 
@@ -195,8 +198,8 @@ def _truncated(tar: Path, total: int, needed: int) -> ShardError:
 
 def _damaged(tar: Path, offset: int) -> ShardError:
     return ShardError(
-        f"{tar}: damaged: no member and no end of the archive at byte {offset:,}; fetch or build this "
-        "shard again"
+        f"{tar}: damaged: no member and no end of the archive at byte {offset:,}; fetch or build "
+        "this shard again"
     )
 
 
@@ -266,7 +269,7 @@ def read_index(path: Path, tar: Path) -> ShardIndex:
         raise _truncated(tar, actual, index.tar_bytes)
     if actual != index.tar_bytes:
         raise ShardError(
-            f"{tar}: has {actual:,} bytes, but its index was made for {index.tar_bytes:,}; the tar was "
-            f"replaced: delete {path.name} to have it indexed anew"
+            f"{tar}: has {actual:,} bytes, but its index was made for {index.tar_bytes:,}; the tar "
+            f"was replaced: delete {path.name} to have it indexed anew"
         )
     return index

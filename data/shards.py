@@ -9,6 +9,7 @@ time or the machine, so the same source gives the same manifest, byte for byte.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -26,6 +27,8 @@ MANIFEST = "manifest.json"
 CONCEPTS = "concepts.json"
 FORMAT = "groundwork-shards"
 FORMAT_VERSION = 1
+#: Names of splits: they begin file names.
+SPLIT = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ class _SplitWriter:
     def write(self, sample: Sample) -> None:
         if self.tar is None:
             # a fixed time and owner make the same samples give the same bytes
+            self.file = self.path().open("wb")
             self.tar = TarWriter(
-                str(self.path()), encoder=False, mtime=0, user="groundwork", group="groundwork"
+                self.file, encoder=False, mtime=0, user="groundwork", group="groundwork"
             )
         self.bytes += self.tar.write({"__key__": sample.key, **sample.fields()})
         self.samples += 1
@@ -81,14 +85,21 @@ class _SplitWriter:
             self.close()
 
     def close(self) -> None:
+        """Finish the present tar: index it and note it in `shards`."""
         if self.tar is None:
             return
         path = self.path()
-        self.tar.close()
+        self.abandon()
         write_index(scan_tar(path), index_path(path))
-        data = path.read_bytes()
-        self.shards.append(Shard(path.name, self.samples, len(data), google_crc32c.value(data)))
-        self.tar, self.samples, self.bytes = None, 0, 0
+        self.shards.append(Shard(path.name, self.samples, path.stat().st_size, file_checksum(path)))
+        self.samples = self.bytes = 0
+
+    def abandon(self) -> None:
+        """Close the file of the present tar, which is not taken up in `shards`."""
+        if self.tar is not None:
+            self.tar.close()
+            self.file.close()
+            self.tar = None
 
 
 def write_shards(
@@ -104,37 +115,74 @@ def write_shards(
 ) -> Manifest:
     """Write (split, sample) pairs as the data set folder `out`; all of it appears, or nothing.
 
-    max_samples, max_bytes: a tar is closed when it reaches either.
+    max_samples, max_bytes: a tar is closed when it reaches either; bytes are those of the members.
     Raises ShardError for a key that a split holds twice, and when there is no sample at all.
     """
-    with directory_written_atomically(out) as directory:
-        writers: dict[str, _SplitWriter] = {}
-        keys: set[tuple[str, str]] = set()
+    if max_samples < 1 or max_bytes < 1:
+        raise ValueError(f"max_samples {max_samples} and max_bytes {max_bytes} must be at least 1")
+    # encoded first, so that what cannot be written is found before hours of writing
+    concepts_json = _encode([asdict(concept) for concept in concepts])
+    _encode(source)
+    try:
+        with directory_written_atomically(out) as directory:
+            shards = _write_splits(samples, directory, name, max_samples, max_bytes)
+            if not shards:
+                raise ShardError(f"source {name!r} yielded no sample; nothing was written to {out}")
+            manifest = Manifest(name, source, licence, shards)
+            (directory / CONCEPTS).write_bytes(concepts_json)
+            record = {
+                "format": FORMAT,
+                "version": FORMAT_VERSION,
+                "written_by": f"groundwork-pretrain {version('groundwork-pretrain')}",
+                **asdict(manifest),
+            }
+            (directory / MANIFEST).write_bytes(_encode(record))
+    except (NotADirectoryError, BlockingIOError) as error:
+        raise ShardError(f"{out}: {error.strerror}; choose another folder") from error
+    return manifest
+
+
+def _write_splits(
+    samples: Iterable[tuple[str, Sample]],
+    directory: Path,
+    name: str,
+    max_samples: int,
+    max_bytes: int,
+) -> dict[str, tuple[Shard, ...]]:
+    writers: dict[str, _SplitWriter] = {}
+    keys: set[tuple[str, str]] = set()
+    try:
         for split, sample in samples:
             if (split, sample.key) in keys:
                 raise ShardError(f"source {name!r}: key {sample.key!r} twice in split {split!r}")
             keys.add((split, sample.key))
             if split not in writers:
+                if not SPLIT.fullmatch(split):
+                    raise ShardError(
+                        f"source {name!r}: split {split!r}: a split is named by letters, digits, "
+                        "'_', '-' and '.', because its shards begin with its name"
+                    )
                 writers[split] = _SplitWriter(directory, split, max_samples, max_bytes)
             writers[split].write(sample)
-        if not writers:
-            raise ShardError(f"source {name!r} yielded no sample; nothing was written to {out}")
         for writer in writers.values():
             writer.close()
-        manifest = Manifest(
-            name, source, licence, {split: tuple(w.shards) for split, w in sorted(writers.items())}
-        )
-        (directory / CONCEPTS).write_text(
-            json.dumps([asdict(c) for c in concepts], ensure_ascii=False, indent=1)
-        )
-        record = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "written_by": f"groundwork-pretrain {version('groundwork-pretrain')}",
-            **asdict(manifest),
-        }
-        (directory / MANIFEST).write_text(json.dumps(record, ensure_ascii=False, indent=1))
-    return manifest
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    return {split: tuple(writer.shards) for split, writer in sorted(writers.items())}
+
+
+def file_checksum(path: Path) -> int:
+    """crc32c of a whole file."""
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while chunk := file.read(16 * 1024**2):
+            checksum.update(chunk)
+    return int.from_bytes(checksum.digest(), "big")
+
+
+def _encode(record: Any) -> bytes:
+    return json.dumps(record, ensure_ascii=False, indent=1).encode("utf-8")
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -148,15 +196,18 @@ def read_manifest(directory: Path) -> Manifest:
         if record["format"] != FORMAT or record["version"] != FORMAT_VERSION:
             raise ValueError(f"format {record['format']!r} version {record['version']!r}")
         splits = {
-            str(split): tuple(Shard(**shard) for shard in shards)
+            split: tuple(_shard(shard) for shard in shards)
             for split, shards in record["splits"].items()
         }
+        files = [shard.file for split in splits.values() for shard in split]
+        if len(set(files)) != len(files):
+            raise ValueError("it names a shard twice")
         manifest = Manifest(record["name"], record["source"], record["licence"], splits)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path}: not a groundwork manifest ({error}); {rebuild}") from error
     missing, wrong = [], []
     for shard in (shard for split in splits.values() for shard in split):
-        if Path(shard.file).name != shard.file:
+        if not SPLIT.fullmatch(shard.file):
             raise ShardError(f"{path}: shard {shard.file!r} lies outside the folder; refused")
         file = directory / shard.file
         if not file.is_file():
@@ -174,19 +225,30 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
+def _shard(record: Any) -> Shard:
+    shard = Shard(**record)
+    counts = (shard.samples, shard.bytes, shard.crc32c)
+    if not isinstance(shard.file, str) or any(type(n) is not int or n < 0 for n in counts):
+        raise ValueError(f"shard {record}")
+    return shard
+
+
 def read_concepts(directory: Path) -> list[Concept]:
     """The classes of a data set, in label order."""
     path = directory / CONCEPTS
     try:
         records = json.loads(path.read_text("utf-8"))
         concepts = [Concept(**{**r, "aliases": tuple(r["aliases"])}) for r in records]
+        for concept in concepts:
+            if type(concept.label) is not int or not isinstance(concept.name, str):
+                raise ValueError(f"concept {concept}")
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(
             f"{path}: not a list of concepts ({error}); build the data set again"
         ) from error
-    return concepts
+    return sorted(concepts, key=lambda concept: concept.label)
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -1,18 +1,19 @@
 """The stream: global order + data set + decoder -> batches, with an exact, tiny state.
 
-Position i of the stream is a sample, its random numbers and, if it is bad, its replacement: all pure
-functions of (seed, i). A rank's batch is a slice of positions, so the whole state of a stream is the
-next global position, whatever the number of ranks and workers.
+Position i of the stream is a sample, its random numbers and, if it is bad, its replacement: all
+pure functions of (seed, i). A rank's batch is a slice of positions, so the whole state of a stream
+is the next global position, whatever the number of ranks and workers.
 """
 
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from groundwork.data.dataset import Dataset
 from groundwork.data.order import GlobalOrder, sample_generator
@@ -43,6 +44,10 @@ class StreamBatch(Generic[BatchT]):
     data: BatchT
     faults: tuple[Fault, ...]
 
+    def pin_memory(self) -> "StreamBatch[BatchT]":
+        """What DataLoader calls; without it a batch of its own class stays in pageable memory."""
+        return replace(self, data=pin_memory(self.data))
+
 
 class BadDataError(RuntimeError):
     """More samples are bad than the run tolerates; the message lists them."""
@@ -56,8 +61,9 @@ class UnreadableDataError(RuntimeError):
 class BatchPlan:
     """Which positions a rank reads.
 
-    A step consumes `global_batch` consecutive positions; each of its micro-steps gives `micro_batch`
-    to every rank in turn. Another number of ranks therefore trains on the same global batches.
+    A step consumes `global_batch` consecutive positions; each of its micro-steps gives
+    `micro_batch` to every rank in turn. Another number of ranks therefore trains on the same global
+    batches.
     """
 
     global_batch: int
@@ -66,6 +72,13 @@ class BatchPlan:
     rank: int
 
     def __post_init__(self) -> None:
+        if min(self.global_batch, self.micro_batch, self.world_size) < 1:
+            raise ValueError(
+                f"global_batch {self.global_batch}, micro_batch {self.micro_batch} and world_size "
+                f"{self.world_size} must be at least 1"
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not one of {self.world_size} ranks")
         if self.global_batch % (self.micro_batch * self.world_size):
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of micro_batch "

@@ -1,4 +1,8 @@
-"""Image bytes -> uint8 tensors. Randomness comes in as a generator, so a position fixes its crop."""
+"""Image bytes -> uint8 tensors. Randomness comes in as a generator, so a position fixes its crop.
+
+A picture is seen as a browser shows it: turned by its EXIF orientation (whoever wrote the caption
+saw it upright), transparent parts on white, grey scales of 16 bits brought to 8.
+"""
 
 import io
 import math
@@ -8,13 +12,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from groundwork.data.samples import SampleError
 
 #: Pixels above which a file is taken for a decompression bomb (the largest photographs have fewer).
-MAX_PIXELS = 200_000_000
+#: Pillow has a limit of its own, 178,956,970, above which it opens nothing.
+MAX_PIXELS = 170_000_000
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -24,8 +29,8 @@ class ImageTransform:
     """How a picture becomes a square tensor.
 
     size: side in pixels. scale, ratio: area fraction and aspect ratio of the random training crop
-    (Szegedy et al. 2015, as in torchvision's RandomResizedCrop). flip: probability of a mirror image.
-    brightness, contrast, saturation: half-width of the uniform factor around 1 (0: off).
+    (Szegedy et al. 2015, as in torchvision's RandomResizedCrop). flip: probability of a mirror
+    image. brightness, contrast, saturation: half-width of the uniform factor around 1 (0: off).
     """
 
     size: int = 224
@@ -38,8 +43,17 @@ class ImageTransform:
     resample: Literal["bilinear", "bicubic"] = "bicubic"
 
     def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"ImageTransform: size is {self.size}; need at least one pixel")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"ImageTransform: flip is {self.flip}; it is a probability, 0 to 1")
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"ImageTransform: {name} is {getattr(self, name)}; need 0 or more")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"ImageTransform: scale {self.scale} must satisfy 0 < low <= high <= 1")
+            raise ValueError(
+                f"ImageTransform: scale {self.scale} must satisfy 0 < low <= high <= 1"
+            )
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ImageTransform: ratio {self.ratio} must satisfy 0 < low <= high")
 
@@ -48,30 +62,78 @@ class ImageTransform:
         return Image.Resampling.BICUBIC if self.resample == "bicubic" else Image.Resampling.BILINEAR
 
 
+#: EXIF orientation -> what makes the stored picture upright (Exif 2.3, tag 274).
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def decode_image(data: bytes) -> Image.Image:
-    """Decode to RGB. Raises SampleError for what is no image, is cut off, or is over MAX_PIXELS."""
+    """Decode to upright RGB.
+
+    Raises SampleError for what is no image, is cut off, or is over MAX_PIXELS; the size is checked
+    before a pixel is decoded.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # of large images and corrupt metadata; what matters of it ends in an error
+            warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-        if image.width * image.height > MAX_PIXELS:
-            raise SampleError(f"image of {image.width} x {image.height} pixels is over the limit")
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            # transparent pixels carry arbitrary colours; white is what a page would show
-            image = image.convert("RGBA")
-            ground = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(ground, image).convert("RGB")
-        return image.convert("RGB")
+            if image.width * image.height > MAX_PIXELS:
+                raise SampleError(
+                    f"image of {image.width} x {image.height} pixels (limit: {MAX_PIXELS:,} in all)"
+                )
+            image.load()
+            return _upright(_rgb(image), image)
     except SampleError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SampleError(f"image cannot be decoded: {error}") from error
+    # the decoders meet malformed files with anything from struct.error to KeyError
+    except Exception as error:
+        raise SampleError(f"image cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # 16-bit grey PNG; Pillow's own conversion clips at 255, which makes nearly all of it white
+        values = np.asarray(image)
+        gray = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+        if "transparency" in image.info:
+            gray[values == image.info["transparency"]] = 255
+        return Image.fromarray(gray).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        # transparent pixels carry arbitrary colours; white is what a page would show
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
+    """Turn `image` as the EXIF data of `source` say.
+
+    As ImageOps.exif_transpose, which however also rewrites the EXIF data and fails on odd ones.
+    """
+    try:
+        orientation = source.getexif().get(ExifTags.Base.Orientation)
+        method = UPRIGHT.get(orientation)
+    except Exception:
+        return image  # metadata that cannot be read say nothing about the pixels
+    return image if method is None else image.transpose(method)
 
 
 def random_crop_box(
     width: int, height: int, transform: ImageTransform, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """A random box (left, top, right, bottom) with the transform's area and aspect ratio."""
+    """A random box (left, top, right, bottom) with the transform's area and aspect ratio.
+
+    Where ten draws do not fit (long, thin pictures): the largest central box within the ratios.
+    """
     for _ in range(10):
         area = width * height * rng.uniform(*transform.scale)
         ratio = math.exp(rng.uniform(math.log(transform.ratio[0]), math.log(transform.ratio[1])))
@@ -79,9 +141,10 @@ def random_crop_box(
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
+    ratio = min(max(width / height, transform.ratio[0]), transform.ratio[1])
+    w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
 def training_image(data: bytes, transform: ImageTransform, rng: np.random.Generator) -> Tensor:
@@ -113,9 +176,7 @@ def evaluation_image(data: bytes, transform: ImageTransform) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _jitter(
-    pixels: np.ndarray, transform: ImageTransform, rng: np.random.Generator
-) -> np.ndarray:
+def _jitter(pixels: np.ndarray, transform: ImageTransform, rng: np.random.Generator) -> np.ndarray:
     """Brightness, contrast and saturation by random factors. pixels: (H, W, 3) uint8."""
 
     def factor(width: float) -> np.float32:
