@@ -163,6 +163,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) 
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2,
         initial_alphabet=_byte_letters(),
+        # the trainer numbers the word-ending letters in the order of a hash map, and breaks ties
+        # by number; naming them beforehand makes the same corpus give the same merges
+        special_tokens=[f"{letter}</w>" for letter in _byte_letters()],
         end_of_word_suffix="</w>",
         show_progress=False,
         min_frequency=2,

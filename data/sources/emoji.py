@@ -40,9 +40,9 @@ FONT_REMEDY: Final = "install it with `apt-get install fonts-noto-color-emoji` o
 STRIKE_SIZE: Final = 109
 CELL_WIDTH_HEIGHT: Final = (136, 128)
 
-SCALE_RANGE: Final = (0.62, 1.05)  # width of the glyph's cell, in image widths
-MAX_ANGLE_DEG: Final = 22.0  # less than half of the 45 degrees between neighbouring arrows
-MAX_SHIFT: Final = 0.1  # in image widths
+SCALE_RANGE: Final = (0.7, 1.05)  # width of the glyph's cell, in image widths
+MAX_ANGLE_DEG: Final = 15.0  # less than half of the 45 degrees between neighbouring arrows
+MAX_SHIFT: Final = 0.08  # in image widths
 BRIGHTNESS_RANGE: Final = (0.8, 1.2)
 BLUR_PROBABILITY: Final = 0.3
 BLUR_RANGE: Final = (0.004, 0.011)  # radius in image widths
@@ -54,6 +54,10 @@ VISIBLE_PART: Final = 0.7
 BACKGROUND_TRIES: Final = 24
 
 BackgroundKind = Literal["plain", "gradient", "stripes", "noise"]
+#: Greys that backgrounds are near to, with their probabilities: paper, stone, night.
+BACKGROUND_GREYS: Final = (238, 140, 30)
+BACKGROUND_GREY_SHARES: Final = (0.6, 0.2, 0.2)
+BACKGROUND_CHROMA: Final = 45  # half-width of a channel's distance from the grey
 BACKGROUND_KINDS: Final[tuple[BackgroundKind, ...]] = ("plain", "gradient", "stripes", "noise")
 
 Split = Literal["train", "heldout_renderings", "heldout_concepts"]
@@ -303,13 +307,11 @@ def _blend(background: Background, image_size: int) -> Pixels:
 
 def _choose_background(generator: np.random.Generator) -> Background:
     kind = BACKGROUND_KINDS[generator.integers(len(BACKGROUND_KINDS))]
-    first = generator.integers(0, 256, 3)
-    if generator.random() < 0.25:
-        first[:] = first[0]  # greys, black and white, which uniform colours hardly ever give
-    second = generator.integers(0, 256, 3)
-    if kind in ("stripes", "noise"):
-        # A texture of two unrelated colours camouflages; a third of the way keeps it behind.
-        second = first + (second - first) // 3
+    # Muted: a saturated ground as large as the glyph would be the main thing in the picture.
+    grey = generator.choice(BACKGROUND_GREYS, p=BACKGROUND_GREY_SHARES)
+    first, second = np.clip(
+        grey + generator.integers(-BACKGROUND_CHROMA, BACKGROUND_CHROMA + 1, (2, 3)), 0, 255
+    )
     colours = (_colour(first), _colour(second))
     return Background(
         kind=kind,
