@@ -41,14 +41,16 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "min_lr"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"schedule.{name} is {getattr(self, name)}; it must not be negative")
+                raise ValueError(
+                    f"schedule.{name} is {getattr(self, name)}; it must not be negative"
+                )
 
 
 def lr_at(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """The learning rate of a step (0-based): a pure function, so a resumed run needs no state.
 
-    The last step of the warm-up has the peak, and so has the first after it; the last step of all has
-    min_lr, where it is not that first one.
+    The last step of the warm-up has the peak, and so has the first after it; the last step of all
+    has min_lr, where it is not that first one.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
@@ -71,7 +73,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             exempt |= {f"{prefix}.{name}" if prefix else name for name in names()}
     every_name = model.named_parameters(remove_duplicate=False)
     exempt_ids = {id(parameter) for name, parameter in every_name if name in exempt}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             # ZeRO-3 flattens what it partitions, and keeps the shape here

@@ -1,7 +1,7 @@
 """CLIP-style text transformer with the parameter names of the K-LITE / UniCL checkpoints.
 
-Differs from transformers' CLIPTextModel in names (fused `in_proj`), in the LayerNorm epsilon (1e-12)
-and in the bidirectional option; `pretrain/weights/huggingface.py` converts between the two.
+Differs from transformers' CLIPTextModel in names (fused `in_proj`), in the LayerNorm epsilon
+(1e-12) and in the bidirectional option; `pretrain/weights/huggingface.py` converts to it.
 """
 
 from collections import OrderedDict
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,7 +38,9 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise ValueError(f"model.text: width {self.width} is not divisible by {self.heads} heads")
+            raise ValueError(
+                f"model.text: width {self.width} is not divisible by {self.heads} heads"
+            )
 
 
 class LayerNorm(nn.LayerNorm):
@@ -152,7 +154,9 @@ class TextTransformer(nn.Module):
 
 def build_text(config: TextConfig) -> TextTransformer:
     if config.vocab_size is None:
-        raise ValueError("model.text.vocab_size is not set and no tokenizer was given to take it from")
+        raise ValueError(
+            "model.text.vocab_size is not set and no tokenizer was given to take it from"
+        )
     return TextTransformer(
         vocab_size=config.vocab_size,
         context_length=config.context_length,

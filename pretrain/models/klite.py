@@ -1,7 +1,7 @@
 """K-LITE: a two-tower contrastive model (Shen et al., NeurIPS 2022, arXiv 2204.09222).
 
-The architecture is UniCL's (Yang et al., CVPR 2022): an image encoder, a CLIP-style text encoder and
-one projection each into a shared space. K-LITE's knowledge enters through the text alone.
+The architecture is UniCL's (Yang et al., CVPR 2022): an image encoder, a CLIP-style text encoder
+and one projection each into a shared space. K-LITE's knowledge enters through the text alone.
 Parameter names are those of the official checkpoints: `visual.*`, `text.*`, `text_projection`,
 `vision_projection`, `logit_scale`.
 """
@@ -89,8 +89,10 @@ class Klite(nn.Module):
         # one element, not a scalar: DeepSpeed cannot broadcast 0-dimensional parameters. In state
         # dicts it is the scalar of the official checkpoints.
         self.logit_scale = nn.Parameter(torch.full((1,), float(logit_scale)))
-        self.register_state_dict_post_hook(_scalar_logit_scale)
-        self.register_load_state_dict_pre_hook(_one_element_logit_scale)
+        self.register_state_dict_post_hook(_scalar_logit_scale)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            _one_element_logit_scale
+        )
         nn.init.trunc_normal_(self.text_projection, std=0.02)
         nn.init.trunc_normal_(self.vision_projection, std=0.02)
 
@@ -123,7 +125,7 @@ class Klite(nn.Module):
 class _Limited(torch.autograd.Function):
     """min(scale, MAX_SCALE), with a gradient that leads back below the limit.
 
-    clamp has none above it, so a scale that one step carries over the limit would stay there for good.
+    clamp has none above it: a scale that one step carries over the limit would stay there for good.
     """
 
     @staticmethod
@@ -132,7 +134,7 @@ class _Limited(torch.autograd.Function):
         return scale.clamp(max=MAX_SCALE)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (scale,) = ctx.saved_tensors
         return grad.masked_fill((scale > MAX_SCALE) & (grad < 0), 0.0)
 

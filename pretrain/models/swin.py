@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -114,7 +114,7 @@ class SwinTransformer(nn.Module):
         self.patch_embed = PatchEmbed(
             image_size, patch_size, 3, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC"
         )
-        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
         resolution = image_size // patch_size
         self.layers = nn.ModuleList(
             SwinStage(
@@ -123,7 +123,7 @@ class SwinTransformer(nn.Module):
                 num_heads[i],
                 window_size,
                 mlp_ratio,
-                rates[i].tolist(),
+                rates[sum(depths[:i]) : sum(depths[: i + 1])],
                 merge=i < len(depths) - 1,
                 activation_checkpointing=activation_checkpointing,
             )

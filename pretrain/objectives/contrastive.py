@@ -27,14 +27,14 @@ class _GatherRanks(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may still need its own
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather_ranks(x: Tensor) -> Tensor:
-    """x: (b, ...) of this rank -> (world x b, ...), differentiable; x itself where there is one rank.
+    """x: (b, ...) of this rank -> (world x b, ...), differentiable; x itself for one rank.
 
     Every rank must bring the same b. The mean over ranks of losses that use the result has, after
     gradient averaging over ranks, the gradient of the global loss.
@@ -47,8 +47,8 @@ def gather_ranks(x: Tensor) -> Tensor:
 def resolve_unique(labels: Tensor) -> Tensor:
     """Give each UNIQUE entry a label of its own. labels: (N,) int64 of the *global* batch -> (N,).
 
-    Only after the gather: two ranks on their own would invent the same fresh label. Fresh labels are
-    negative, so they meet no class, and no 64-bit hash of a text however large.
+    Only after the gather: two ranks on their own would invent the same fresh label. Fresh labels
+    are negative, so they meet no class, and no 64-bit hash of a text however large.
     """
     fresh = UNIQUE - 1 - torch.arange(len(labels), device=labels.device)
     return torch.where(labels == UNIQUE, fresh, labels)
@@ -87,7 +87,7 @@ class _SoftContrastive(torch.autograd.Function):
         return loss / len(q)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         grad_q, grad_k, grad_s, s = ctx.saved_tensors
         factor = grad / len(grad_q)
@@ -111,8 +111,8 @@ def soft_contrastive(
 ) -> Tensor:
     """Mean over queries of the multi-positive contrastive loss, float32.
 
-    queries: (b, D); keys: (N, D); scale: (); query_labels: (b,), key_labels: (N,) int64. Every query
-    needs a key of its label. Memory: a few times block_rows x N floats, forward and backward.
+    queries: (b, D); keys: (N, D); scale: (); query_labels: (b,), key_labels: (N,) int64. Every
+    query needs a key of its label. Memory: a few times block_rows x N floats, in both directions.
     """
     return _SoftContrastive.apply(queries, keys, scale, query_labels, key_labels, block_rows)
 

@@ -13,8 +13,8 @@ from groundwork.pretrain.objectives.contrastive import unicl_loss
 class UniclConfig:
     """The objective `unicl`. block_rows: rows of the logit matrix that exist at a time.
 
-    A pair's negatives are those of one forward pass over all ranks: under gradient accumulation that
-    is micro_batch x ranks, not the global batch.
+    A pair's negatives are those of one forward pass over all ranks: under gradient accumulation
+    these are micro_batch x ranks, not the global batch.
     """
 
     kind: Literal["unicl"] = "unicl"

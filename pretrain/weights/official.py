@@ -1,8 +1,8 @@
 """Official checkpoints of K-LITE and UniCL: read into a `Klite` model, and written back.
 
-`models/klite.py` has the official parameter names, so reading is a matter of three things: the names
-of the sibling UniCL class, the buffers that the official code saves (we recompute them), and tables
-made for another window or context length. Nothing in a file is executed.
+`models/klite.py` has the official parameter names, so reading is a matter of three things: the
+names of the sibling UniCL class, the buffers that the official code saves (we recompute them), and
+tables made for another window or context length. Nothing in a file is executed.
 """
 
 import math
@@ -58,7 +58,9 @@ def load_official(path: Path) -> dict[str, Tensor]:
         if ours.rpartition(".")[2] in BUFFERS:
             continue
         if ours in state:
-            raise CheckpointError(f"{path}: two of its tensors are named {ours} here, one is {name}")
+            raise CheckpointError(
+                f"{path}: two of its tensors are named {ours} here, one is {name}"
+            )
         # saved with one element by wrappers that cannot hold scalars
         state[ours] = value.reshape(()) if ours == "logit_scale" and value.numel() == 1 else value
     return state

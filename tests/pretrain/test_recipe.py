@@ -1,0 +1,215 @@
+"""Recipes: all that ship can be built, and what is wrong in one is named with line and remedy."""
+
+from collections.abc import Callable
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from groundwork.pretrain.models.swin import SwinConfig
+from groundwork.pretrain.recipe import (
+    Recipe,
+    RecipeError,
+    available,
+    differences,
+    load_recipe,
+    recipe_from_dict,
+    recipe_to_dict,
+)
+from groundwork.pretrain.run import MODELS, OBJECTIVES
+
+GOOD = """\
+# a comment is a line too
+model:
+  kind: klite
+  image: {kind: swin, image_size: 32, embed_dim: 12, depths: [1, 1], num_heads: [2, 2]}
+  text:
+    width: 16
+    heads: 2
+objective: {kind: unicl}
+data:
+  shards: somewhere
+train:
+  steps: 10
+  global_batch: 4
+"""
+
+Writer = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Writer:
+    """Writes GOOD with one replacement; gives the path."""
+
+    def writer(old: str = "", new: str = "") -> str:
+        assert old in GOOD
+        path = tmp_path / "mine.yaml"
+        path.write_text(GOOD.replace(old, new) if old else GOOD)
+        return str(path)
+
+    return writer
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_recipe_builds_on_the_meta_device(name: str) -> None:
+    recipe = load_recipe(name)
+    config: Any = recipe.model
+    text = getattr(config, "text", None)
+    if is_dataclass(text) and getattr(text, "vocab_size", 0) is None:
+        config = replace(config, text=replace(text, vocab_size=1000))  # type: ignore[type-var]
+    with torch.device("meta"):
+        model = MODELS[recipe.model.kind](config)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert recipe.objective.kind in OBJECTIVES
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_recipe_says_how_to_run_it(name: str) -> None:
+    from groundwork.pretrain.recipe import RECIPES
+
+    head = [
+        line for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if line.startswith("#")
+    ]
+    assert any(name in line for line in head)
+
+
+@pytest.mark.parametrize("name", available())
+def test_a_saved_recipe_is_read_back_as_it_was(name: str) -> None:
+    recipe = load_recipe(name)
+    again = recipe_from_dict(recipe_to_dict(recipe), "saved")
+    assert again == recipe
+    assert differences(recipe_to_dict(recipe), recipe_to_dict(again)) == []
+
+
+def test_what_a_recipe_leaves_out_has_its_default(write: Writer) -> None:
+    recipe = load_recipe(write())
+    assert isinstance(recipe.model.image, SwinConfig)
+    assert recipe.model.image.window_size == 7
+    assert recipe.optimizer.betas == (0.9, 0.999)
+    assert recipe.train.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("width: 16", "widht: 16", r"mine\.yaml:6: unknown key 'model\.text\.widht'; .*'width'"),
+        ("embed_dim", "embed_dims", r":4: unknown key 'model\.image\.embed_dims'; .*'embed_dim'"),
+        (
+            "steps: 10",
+            "steps: 10\n  xyzzy: 1",
+            r":13: unknown key 'train\.xyzzy'; known keys: .*steps",
+        ),
+        ("train:", "trian: 1\ntrain:", r":11: unknown key 'trian'; did you mean 'train'"),
+        (
+            "  steps: 10\n",
+            "",
+            r":11: key 'train\.steps' is missing; add it, or pass --set train\.steps",
+        ),
+        ("shards: somewhere", "split: train", r":9: key 'data\.shards' is missing"),
+        ("objective: {kind: unicl}\n", "", r"mine\.yaml: key 'objective' is missing"),
+        ("steps: 10", "steps: many", r":12: train\.steps: .*valid integer.*'many'"),
+        ("steps: 10", "steps: 1.5", r":12: train\.steps: .*integer.*1\.5"),
+        ("steps: 10", "steps: 0", r":1[12]: train\.steps is 0; it must be at least 1"),
+        ("[1, 1]", "[1, x]", r":4: model\.image\.depths(\.1)?: .*valid integer.*'x'"),
+        ("kind: swin", "kind: swim", r":4: model\.image: .*'swim'.*'swin', 'internimage'"),
+        ("kind: klite", "kind: klit", r":3: model\.kind: .*'klite'.*'klit'"),
+        ("num_heads: [2, 2]", "num_heads: [2]", r":4: model\.image: depths has 2 stages"),
+        ("heads: 2\nobj", "heads: 3\nobj", r":5: model\.text: width 16 is not divisible by 3"),
+        ("train:\n", "train: 3\nmonitor:\n", r":11: train: .*dictionary.*3"),
+        ("model:", "model: [", r"mine\.yaml: not valid YAML"),
+        (GOOD, "- a\n- b\n", r"mine\.yaml: a recipe is a mapping of sections"),
+        (GOOD, "", r"mine\.yaml: a recipe is a mapping of sections"),
+    ],
+)
+def test_a_mistake_is_named_with_line_key_and_remedy(
+    write: Writer, old: str, new: str, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(old, new))
+
+
+def test_all_mistakes_are_told_at_once(write: Writer) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write("steps: 10", "stepz: 10"))
+    assert "'train.steps' is missing" in str(caught.value)
+    assert "unknown key 'train.stepz'" in str(caught.value)
+
+
+def test_a_recipe_that_does_not_exist_is_answered_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="no recipe 'klite_emojy': did you mean 'klite_emoji'"):
+        load_recipe("klite_emojy")
+
+
+def test_overrides_are_yaml_and_win(write: Writer) -> None:
+    overrides = [
+        "train.steps=25",
+        "optimizer.lr=1.0e-2",
+        "model.image.depths=[1, 2]",
+        "data.knowledge={prob: 0.25}",
+        "model.text.autoregressive=false",
+        "deepspeed.zero_optimization.stage=2",
+        "train.steps=30",
+    ]
+    recipe = load_recipe(write(), overrides)
+    assert recipe.train.steps == 30
+    assert recipe.optimizer.lr == 0.01
+    assert recipe.model.image.depths == (1, 2)
+    assert recipe.data.knowledge.prob == 0.25
+    assert recipe.model.text.autoregressive is False
+    assert recipe.deepspeed == {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", r"unknown key 'train\.stepz'; did you mean 'steps'"),
+        ("train.steps=many", r"train\.steps: .*valid integer"),
+        ("train.steps", r"--set train\.steps: expected key\.path=value"),
+        ("=3", r"--set =3: expected key\.path=value"),
+        ("train..steps=3", r"expected key\.path=value"),
+        ("train.steps.x=3", r"--set train\.steps\.x=3: 'steps' is a value, not a section"),
+        ("train.steps=[1", r"--set train\.steps=\[1: the value is not valid YAML"),
+        ("data.knowledge.prob=2", r"data\.knowledge\.prob is 2\.0; it is a probability"),
+    ],
+)
+def test_a_wrong_override_is_refused(write: Writer, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(), [override])
+
+
+def test_differences_name_key_and_both_values(write: Writer) -> None:
+    path = write()
+
+    def resolved(*overrides: str) -> dict[str, Any]:
+        return recipe_to_dict(load_recipe(path, overrides))
+
+    assert differences(resolved(), resolved()) == []
+    assert differences(resolved(), resolved("train.steps=11", "model.image.depths=[1, 2]")) == [
+        "model.image.depths: [1, 1] -> [1, 2]",
+        "train.steps: 10 -> 11",
+    ]
+    assert differences(resolved(), resolved("deepspeed.zero_optimization.stage=2")) != []
+
+
+def test_what_computes_nothing_may_differ(write: Writer) -> None:
+    path = write()
+    overrides = ["checkpoint.every_steps=3", "monitor.log_every=7", "data.workers=0"]
+    saved, present = recipe_to_dict(load_recipe(path)), recipe_to_dict(load_recipe(path, overrides))
+    assert saved != present
+    assert differences(saved, present) == []
+
+
+def test_a_saved_recipe_with_an_unknown_key_is_refused_by_its_source(write: Writer) -> None:
+    values = recipe_to_dict(load_recipe(write()))
+    values["train"]["momentum"] = 0.9
+    with pytest.raises(RecipeError, match=r"run/recipe: unknown key 'train\.momentum'"):
+        recipe_from_dict(values, "run/recipe")
+
+
+def test_a_resolved_recipe_cannot_be_changed(write: Writer) -> None:
+    recipe: Recipe = load_recipe(write())
+    with pytest.raises(AttributeError):
+        recipe.train.steps = 5  # type: ignore[misc]
