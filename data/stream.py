@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -153,6 +154,9 @@ class Stream(TorchDataset[Any], Generic[T]):
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=_leave_signals_to_the_rank,
             pin_memory=pin_memory,
+            # its own generator: starting an iterator draws a number, and a resumed run, which starts
+            # one more, must not thereby shift torch's global sequence
+            generator=torch.Generator(),
         )
         return iter(loader)
 
