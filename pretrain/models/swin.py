@@ -5,7 +5,7 @@ and under the names of the official checkpoints (timm moved the patch merging to
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers.patch_embed import PatchEmbed
@@ -84,6 +84,9 @@ class SwinStage(nn.Module):
             )
             for i, drop_path in enumerate(drop_paths)
         )
+        for block in self.blocks:
+            attention = block.get_submodule("attn")
+            attention.register_forward_pre_hook(_mask_like_input, with_kwargs=True)
         self.downsample = PatchMerging(dim) if merge else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,6 +141,12 @@ class SwinTransformer(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.norm(x).mean((1, 2))
+
+
+def _mask_like_input(_attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Cast the shift mask to the input's dtype: DeepSpeed makes weights bf16, but not buffers."""
+    mask = kwargs.get("mask")
+    return args, kwargs if mask is None else {**kwargs, "mask": mask.to(args[0].dtype)}
 
 
 def build_swin(config: SwinConfig) -> SwinTransformer:

@@ -279,7 +279,7 @@ def test_the_logit_scale_loads_as_scalar_and_as_one_element(shape: tuple[int, ..
     assert state["logit_scale"].shape == shape
     wrapped = Unicl(tiny(), UniclConfig(), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
     wrapped.load_state_dict({f"model.{name}": value for name, value in state.items()})
-    assert wrapped.model.logit_scale.tolist() == [3.25]  # type: ignore[union-attr]
+    assert wrapped.get_parameter("model.logit_scale").tolist() == [3.25]
 
 
 @pytest.mark.parametrize(("sign", "expected"), [(1.0, True), (-1.0, False)])
@@ -292,8 +292,14 @@ def test_a_scale_above_the_limit_can_only_come_down(sign: float, expected: bool)
     assert bool(model.logit_scale.grad != 0) is expected  # descent goes against the gradient
 
 
-def test_features_of_a_bf16_model_are_float32_and_normalised() -> None:
-    model = tiny().bfloat16().eval()
+@pytest.mark.parametrize("cast_buffers", [True, False])
+def test_features_of_a_bf16_model_are_float32_and_normalised(cast_buffers: bool) -> None:
+    model = tiny().eval()
+    if cast_buffers:
+        model.bfloat16()
+    else:  # as DeepSpeed does
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
     image, ids = tiny_inputs(4)
     exact = tiny().eval()(image, ids)
     features = model(image.bfloat16(), ids)
