@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 6
+#: Sizes up to which the permutation is made by sorting: so few bits leave a Feistel network biased.
+SMALL = 1024
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ class GlobalOrder:
 
 def permute(values: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Apply a keyed permutation of {0..size-1}. values: (K,) int64; key: (ROUNDS,) uint64."""
-    half_bits = max(1, -(-int(size - 1).bit_length() // 2))
+    if size <= SMALL:
+        hashes = _mix(_mix(np.arange(size, dtype=np.uint64) + key[0]) + key[1])
+        return np.argsort(hashes, kind="stable")[values]
+    half_bits = -(-int(size - 1).bit_length() // 2)
     result = _feistel(values.astype(np.uint64), half_bits, key)
     # cycle walking: the network permutes a power of four; step until the value is back in range
     outside = np.flatnonzero(result >= size)

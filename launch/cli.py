@@ -61,6 +61,37 @@ def export_model(
     raise typer.Exit(start(checkpoint, out, format_))
 
 
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
+        "runs/demo"
+    ),
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override of the recipe: key.path=value (repeatable)."),
+    ] = None,
+) -> None:
+    """Build data, pretrain, evaluate, export and report; every command is printed, then run."""
+    from groundwork.launch.demo import start
+
+    raise typer.Exit(start(out, set_ or []))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Option(help="Folder of a pretraining run.")],
+    zeroshot: Annotated[Path, typer.Option(help="Folder written by `evaluate zeroshot`.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")],
+    commands: Annotated[
+        Path | None, typer.Option(help="The demo's record of commands and durations.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML file: key numbers, curves, controls, pictures, commands."""
+    from groundwork.launch.demo import report as write
+
+    raise typer.Exit(write(run, zeroshot, commands, out))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status."""
     try:

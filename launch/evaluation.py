@@ -68,5 +68,3 @@ def _show(results: Mapping[str, Any]) -> None:
                     f"  knowledge gains {s['value']:+.1f} points of top-1 over {other} "
                     f"({s['low']:+.1f} to {s['high']:+.1f})"
                 )
-
-

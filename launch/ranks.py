@@ -33,7 +33,13 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
     processes = [
         subprocess.Popen(
             command,
-            env={**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONSAFEPATH": "1"},
+            env={
+                **os.environ,
+                **job,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "PYTHONSAFEPATH": "1",
+            },
             # a session of its own: the terminal's Ctrl-C arrives here alone, and is passed on once
             start_new_session=True,
         )
@@ -58,7 +64,9 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
             failed = next((r for r, p in enumerate(processes) if p.poll() not in (None, 0)), None)
             if failed is not None:
                 status = processes[failed].returncode
-                print(f"rank {failed} ended with status {status}; ending the others", file=sys.stderr)
+                print(
+                    f"rank {failed} ended with status {status}; ending the others", file=sys.stderr
+                )
                 deadline = now + GRACE_AFTER_DEATH
                 for process in processes:
                     process.terminate()

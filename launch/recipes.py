@@ -23,7 +23,9 @@ def list_recipes() -> None:
 @app.command("show")
 def show(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe, or path of a YAML file.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override: key.path=value.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: key.path=value.")
+    ] = None,
 ) -> None:
     """Check a recipe and print it resolved: every key, defaults included."""
 

@@ -73,7 +73,9 @@ def build_image_folder(
     out: Out,
     val_fraction: Annotated[float, typer.Option(help="Share of the files in the split `val`.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the choice of the split `val`.")] = 0,
-    skip_bad: Annotated[bool, typer.Option(help="List undecodable files instead of ending.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option(help="List undecodable files instead of ending.")
+    ] = False,
     licence: Annotated[str, typer.Option(help="Licence of the pictures.")] = "unknown",
     overwrite: Overwrite = False,
 ) -> None:
@@ -159,4 +161,10 @@ def _show(manifest: Manifest, directory: Path) -> None:
 
 
 def _json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return (
+        list(value)
+        if isinstance(value, tuple)
+        else str(value)
+        if isinstance(value, Path)
+        else value
+    )

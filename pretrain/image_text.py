@@ -119,8 +119,8 @@ class ImageTextDecoder:
     def prompt(self, label: int, text: str, rng: np.random.Generator) -> str:
         """A fresh prompt for a class. text: stands in for the name of a class without concept."""
         names = self.names.get(label) or (clean_class_name(text),)
-        name = names[rng.integers(len(names))]
-        template = self.templates[rng.integers(len(self.templates))]
+        name = names[int(rng.integers(len(names)))]
+        template = self.templates[int(rng.integers(len(self.templates)))]
         if self.index is None or rng.random() >= self.knowledge.prob:
             return template.format(name)
         return augment_prompt(template, name, self._knowledge_text(names[0], rng))
@@ -132,7 +132,7 @@ class ImageTextDecoder:
         found = self._found[name]
         if found is None:
             return None
-        if self.knowledge.sources[rng.integers(len(self.knowledge.sources))] == "wn_def":
+        if self.knowledge.sources[int(rng.integers(len(self.knowledge.sources)))] == "wn_def":
             return found.gloss
         sense = self.index.find_sense(found.sense_id)
         return None if sense is None else training_path_text(self.index, sense, rng)

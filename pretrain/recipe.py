@@ -8,6 +8,7 @@ check. A resolved recipe is saved beside the checkpoints, and a resumed run must
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,16 +85,16 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     overrides: `key.path=value`, the value in YAML. Raises RecipeError.
     """
     path = _find(name)
-    text = path.read_text("utf-8")
     try:
-        values = yaml.safe_load(text)
-        lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
-    except yaml.YAMLError as error:
+        text = path.read_text("utf-8")
+        values = yaml.load(text, Loader=_Loader)
+        lines = _lines(yaml.compose(text, Loader=_Loader))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, train, ...)")
     for override in overrides:
-        _apply(values, override)
+        lines = _without(lines, _apply(values, override))
     return _validate(values, str(path), lines)
 
 
@@ -135,12 +136,13 @@ def _find(name: str) -> Path:
     )
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str) -> str:
+    """Set the value in place. Returns the key."""
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise RecipeError(f"--set {override}: expected key.path=value, e.g. train.steps=100")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not valid YAML: {error}") from error
     *parents, last = key.split(".")
@@ -149,11 +151,34 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise RecipeError(f"--set {override}: {parent!r} is a value, not a section")
     values[last] = value
+    return key
+
+
+def _without(lines: Mapping[str, int], key: str) -> dict[str, int]:
+    """Line numbers without those of an overridden key: what is wrong there is not in the file."""
+    return {k: line for k, line in lines.items() if k != key and not k.startswith(f"{key}.")}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number (YAML 1.2), and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"key {twice[0]!r} is given twice in the section at line {line}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _validate(values: dict[str, Any], source: str, lines: Mapping[str, int]) -> Recipe:
     try:
-        return _ADAPTER.validate_python(values)
+        # as JSON: strict about types (true is no step count), but a list may fill a tuple
+        return _ADAPTER.validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         problems = [_explain(problem, source, lines) for problem in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(problems))) from error

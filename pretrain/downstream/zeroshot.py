@@ -83,9 +83,7 @@ def knowledge_texts(
             items[i] = knowledge_items(index, concepts[other].name)
         return items
     words = [word for own in items for item in own for word in item.split()]
-    return [
-        [" ".join(rng.choice(words, len(item.split()))) for item in own] for own in items
-    ]
+    return [[" ".join(rng.choice(words, len(item.split()))) for item in own] for own in items]
 
 
 def class_prompts(name: str, items: Sequence[str]) -> list[str]:

@@ -10,11 +10,10 @@ replaced after that. Files are read with torch's `weights_only` loader: a checkp
 hold numbers, not code.
 """
 
-import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +159,9 @@ def read_state(checkpoint: Path) -> RunState:
     try:
         return RunState(**{field: record[field] for field in RunState.__dataclass_fields__})
     except KeyError as error:
-        raise CheckpointError(f"{checkpoint / RECORD}: no {error} in it; use another one") from error
+        raise CheckpointError(
+            f"{checkpoint / RECORD}: no {error} in it; use another one"
+        ) from error
 
 
 def verify_files(checkpoint: Path) -> None:
@@ -180,22 +181,6 @@ def verify_files(checkpoint: Path) -> None:
         raise CheckpointError(
             f"{checkpoint}: damaged: {'; '.join(problems)}. Delete it to use an earlier one{other}"
         )
-
-
-def state_digest(checkpoint: Path) -> str:
-    """sha256 over all parameters and the optimiser state of all ranks, for comparing two runs."""
-    digest = hashlib.sha256()
-    for path in sorted((checkpoint / TAG).glob("*optim_states.pt")):
-        digest.update(path.name.encode())
-        state = load_tensors(path)["optimizer_state_dict"]
-        for name, value in _leaves(state):
-            digest.update(f"{name} ".encode())
-            if isinstance(value, torch.Tensor):
-                digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            elif isinstance(value, bool | int | float | str):
-                digest.update(repr(value).encode())
-    return digest.hexdigest()
 
 
 def load_tensors(path: Path) -> Any:
@@ -259,9 +244,7 @@ def _restore_random_states(states: Mapping[str, Any]) -> None:
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
     legacy, position, has_gauss, cached = states["numpy"]
-    np.random.set_state(
-        ("MT19937", np.array(legacy, np.uint32), position, has_gauss, cached)
-    )
+    np.random.set_state(("MT19937", np.array(legacy, np.uint32), position, has_gauss, cached))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 
@@ -272,14 +255,3 @@ def _crc32c(path: Path) -> int:
         while block := file.read(1 << 22):
             checksum.update(block)
     return int.from_bytes(checksum.digest(), "big")
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            yield from _leaves(value[key], f"{name}.{key}")
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from _leaves(item, f"{name}.{i}")
-    else:
-        yield name, value

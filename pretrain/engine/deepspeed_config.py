@@ -30,7 +30,9 @@ def prepare_environment() -> None:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        local_size = int(os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        local_size = int(
+            os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        )
         cores = len(os.sched_getaffinity(0))
         threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size))))
         torch.set_num_threads(threads)

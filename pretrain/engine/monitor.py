@@ -94,7 +94,9 @@ class Monitor:
         self._progress.update(self._task, status=status)
         # without a terminal (a log file, a cluster) a line now and then takes the bar's place
         now = time.monotonic()
-        if self._progress.disable and (now - self._last_line > 10 or metrics["step"] == self._steps):
+        if self._progress.disable and (
+            now - self._last_line > 10 or metrics["step"] == self._steps
+        ):
             self._last_line = now
             left = (self._steps - metrics["step"]) * metrics["seconds_per_step"]
             self.say(f"step {metrics['step']}/{self._steps}  {status}  ETA {left:.0f} s")

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import time
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
@@ -18,7 +20,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self._launchers = _launchers()
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._handle)
 
@@ -59,7 +61,5 @@ def _launchers() -> list[psutil.Process]:
 
 def seconds_since_launch() -> float:
     """Seconds since the outermost launcher of this job started on this node."""
-    import time
-
     processes = [psutil.Process(os.getpid()), *_launchers()]
     return time.time() - min(process.create_time() for process in processes)

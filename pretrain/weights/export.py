@@ -33,7 +33,11 @@ from groundwork.pretrain.weights.trained import Trained
 #: Largest difference of an embedding after the export, in absolute value.
 TOLERANCE = 1e-5
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-PROBE_TEXTS = ("a photo of a dog.", "red apple ; apple , fruit with red or yellow or green skin", "{}")
+PROBE_TEXTS = (
+    "a photo of a dog.",
+    "red apple ; apple , fruit with red or yellow or green skin",
+    "{}",
+)
 
 
 def export(trained: Trained, out: Path, kind: str) -> float:
@@ -133,7 +137,9 @@ def _reload_elsewhere(trained: Trained, folder: Path, kind: str) -> float:
             text=True,
         )
         if done.returncode:
-            raise ExportError(f"--format {kind}: the export cannot be loaded:\n{done.stderr[-2000:]}")
+            raise ExportError(
+                f"--format {kind}: the export cannot be loaded:\n{done.stderr[-2000:]}"
+            )
         got = load_file(files[1])
     return max(float((got[name] - value).abs().max()) for name, value in expected.items())
 
@@ -147,7 +153,9 @@ def _copy_tokenizer(trained: Trained, folder: Path) -> None:
     # the written files must give the ids the model was trained on
     written = load_tokenizer(folder, trained.tokenizer.context_length)
     if not torch.equal(written.encode(PROBE_TEXTS), trained.tokenizer.encode(PROBE_TEXTS)):
-        raise ExportError("the exported tokenizer gives other ids; this is a defect: please report it")
+        raise ExportError(
+            "the exported tokenizer gives other ids; this is a defect: please report it"
+        )
 
 
 def _model_card(trained: Trained, kind: str) -> str:

@@ -106,7 +106,9 @@ def _swin_config(config: SwinConfig) -> dict[str, Any]:
     }
 
 
-def _text_config(config: TextConfig, tokenizer: ClipTokenizer, projection_dim: int) -> dict[str, Any]:
+def _text_config(
+    config: TextConfig, tokenizer: ClipTokenizer, projection_dim: int
+) -> dict[str, Any]:
     return {
         "model_type": "clip_text_model",
         "vocab_size": config.vocab_size,

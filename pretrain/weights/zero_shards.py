@@ -1,5 +1,6 @@
-"""Full float32 weights out of DeepSpeed's ZeRO shards, on any machine, without a process group."""
+"""Full float32 tensors out of DeepSpeed's ZeRO shards, on any machine, without a process group."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,10 @@ def full_weights(checkpoint: Path) -> dict[str, Tensor]:
     Layout of the shards: ZeRO-3 cuts every parameter into equal parts, one per rank, and lays a
     rank's parts end to end; ZeRO-1 and 2 lay the parameters of a group end to end and cut the whole.
     """
-    shards = [load_tensors(path) for path in _shard_files(checkpoint, "optim_states")]
-    states = [shard["optimizer_state_dict"] for shard in shards]
+    states = _optimizer_shards(checkpoint)
     model = load_tensors(_shard_files(checkpoint, "model_states")[0])
     shapes: list[dict[str, Any]] = model["param_shapes"]
-    if int(states[0]["zero_stage"]) == 3:
+    if _stage(states) == 3:
         weights = _from_stage_3([torch.cat(list(s["fp32_flat_groups"])) for s in states], shapes)
     else:
         groups = zip(*(s["single_partition_of_fp32_groups"] for s in states), strict=True)
@@ -28,6 +28,49 @@ def full_weights(checkpoint: Path) -> dict[str, Tensor]:
     for alias, name in model.get("shared_params", {}).items():
         weights[alias] = weights[name]
     return weights
+
+
+def full_optimizer_state(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
+    """AdamW's moments of a ZeRO-3 checkpoint: "exp_avg" and "exp_avg_sq", each name -> tensor."""
+    states = _optimizer_shards(checkpoint)
+    if _stage(states) != 3:
+        raise CheckpointError(
+            f"{checkpoint}: optimiser moments are read from ZeRO-3 checkpoints only, this one is of "
+            f"stage {_stage(states)}"
+        )
+    shapes = load_tensors(_shard_files(checkpoint, "model_states")[0])["param_shapes"]
+    moments = {}
+    for kind in ("exp_avg", "exp_avg_sq"):
+        ranks = [
+            torch.cat([group[kind].flatten() for _, group in sorted(state["state"].items())])
+            for state in (s["optimizer_state_dict"] for s in states)
+        ]
+        moments[kind] = _from_stage_3(ranks, shapes)
+    return moments
+
+
+def state_digest(checkpoint: Path) -> str:
+    """sha256 over all parameters and both moments of AdamW, by name, for comparing two runs.
+
+    Taken from the reassembled tensors: the shards themselves end in padding that nobody initialises.
+    """
+    digest = hashlib.sha256()
+    tensors = {"weight": full_weights(checkpoint), **full_optimizer_state(checkpoint)}
+    for kind, named in tensors.items():
+        for name in sorted(named):
+            value = named[name]
+            digest.update(f"{kind} {name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _optimizer_shards(checkpoint: Path) -> list[dict[str, Any]]:
+    files = _shard_files(checkpoint, "optim_states")
+    return [load_tensors(path)["optimizer_state_dict"] for path in files]
+
+
+def _stage(states: list[dict[str, Any]]) -> int:
+    return int(states[0]["zero_stage"])
 
 
 def _from_stage_3(ranks: list[Tensor], groups: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -54,9 +97,13 @@ def _from_stage_2(vectors: list[Tensor], groups: list[dict[str, Any]]) -> dict[s
 
 def _shard_files(checkpoint: Path, kind: str) -> list[Path]:
     def rank(path: Path) -> int:
-        return int(path.name.split("zero_pp_rank_")[1].split("_")[0]) if "zero_pp" in path.name else 0
+        return (
+            int(path.name.split("zero_pp_rank_")[1].split("_")[0]) if "zero_pp" in path.name else 0
+        )
 
     files = sorted((checkpoint / TAG).glob(f"*{kind}.pt"), key=rank)
     if not files:
-        raise CheckpointError(f"{checkpoint}: no {kind} in its {TAG} folder; use another checkpoint")
+        raise CheckpointError(
+            f"{checkpoint}: no {kind} in its {TAG} folder; use another checkpoint"
+        )
     return files
