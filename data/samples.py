@@ -34,7 +34,7 @@ class Sample:
     def __post_init__(self) -> None:
         if not self.key or any(c in self.key for c in "./\\ \t\n"):
             raise SampleError(
-                f"sample key {self.key!r}: a key may not be empty nor hold '.', '/', '\\' or blanks, "
+                f"sample key {self.key!r}: a key is not empty and has no '.', '/', '\\' or blanks: "
                 "because it becomes the stem of tar member names"
             )
         if self.image_format not in IMAGE_EXTENSIONS:

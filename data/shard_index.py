@@ -141,7 +141,7 @@ def _members(tar: Path) -> Iterator[tuple[str, int, int, int]]:
             with tarfile.open(fileobj=raw, mode="r:") as archive:
                 end = 0
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # or it keeps every header
+                    archive.members.clear()  # type: ignore[attr-defined]  # or it keeps every header
                     if member.size < 0 or member.offset_data < end:
                         raise _damaged(tar, end)
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK

@@ -148,13 +148,13 @@ class Stream(TorchDataset[Any], Generic[T]):
         """This rank's micro-batches in order, decoded by `workers` processes (0: in this one)."""
         loader: DataLoader[StreamBatch[BatchT]] = DataLoader(
             self,
-            batch_sampler=_MicroBatches(plan, first_step, last_step),  # type: ignore[arg-type]
-            collate_fn=_Collate(collate),
+            batch_sampler=_MicroBatches(plan, first_step, last_step),
+            collate_fn=_Collate(collate),  # type: ignore[arg-type]
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=_leave_signals_to_the_rank,
             pin_memory=pin_memory,
-            # its own generator: starting an iterator draws a number, and a resumed run, which starts
+            # its own generator: starting an iterator draws a number; a resumed run, which starts
             # one more, must not thereby shift torch's global sequence
             generator=torch.Generator(),
         )

@@ -121,7 +121,7 @@ def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
     """
     try:
         orientation = source.getexif().get(ExifTags.Base.Orientation)
-        method = UPRIGHT.get(orientation)
+        method = UPRIGHT.get(int(orientation or 0))
     except Exception:
         return image  # metadata that cannot be read say nothing about the pixels
     return image if method is None else image.transpose(method)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message is meant for the user; anything else is a defect and keeps its traceback.
+    """Errors with a message for the user; anything else is a defect and keeps its traceback.
 
     Imported when an error is at hand, so that a command loads only what it needs.
     """

@@ -79,7 +79,7 @@ def build_image_folder(
     licence: Annotated[str, typer.Option(help="Licence of the pictures.")] = "unknown",
     overwrite: Overwrite = False,
 ) -> None:
-    """Pictures in class folders (the layout of ImageNet); the files are passed through unchanged."""
+    """Pictures in class folders (the layout of ImageNet); files are passed through unchanged."""
 
     def run() -> int:
         config = ImageFolderConfig(

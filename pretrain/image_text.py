@@ -1,8 +1,8 @@
 """Image-label and image-text samples -> the batches of the contrastive and captioning objectives.
 
 A sample of a class gets a fresh prompt: a random name of the class in a random template and, with
-probability `knowledge.prob`, one knowledge item appended (K-LITE, section 3). A sample without a class
-keeps its caption. All choices come from the generator of the sample's position in the stream.
+probability `knowledge.prob`, one knowledge item appended (K-LITE, section 3). A sample without a
+class keeps its caption. All choices come from the generator of the sample's position in the stream.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,7 +85,7 @@ class Example(NamedTuple):
 
 
 class ImageTextDecoder:
-    """Sample -> Example. Opened once, used by every worker; the knowledge index is memory-mapped."""
+    """Sample -> Example. Used by every worker; the knowledge index is memory-mapped."""
 
     def __init__(
         self,

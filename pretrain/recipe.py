@@ -132,7 +132,7 @@ def _find(name: str) -> Path:
     near = difflib.get_close_matches(name, available(), 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise RecipeError(
-        f"no recipe {name!r}: {hint}Give the path of a YAML file or one of: {', '.join(available())}"
+        f"no recipe {name!r}: {hint}Give a YAML file or one of: {', '.join(available())}"
     )
 
 

@@ -70,7 +70,7 @@ def check_inputs(recipe: Recipe, out: Path) -> tuple[Dataset, KnowledgeIndex | N
         if changed:
             listed = "\n  ".join(changed[:12])
             raise CheckpointError(
-                f"{checkpoint} belongs to another recipe. It differs in (saved -> now):\n  {listed}\n"
+                f"{checkpoint} is of another recipe. It differs in (saved -> now):\n  {listed}\n"
                 f"To go on with it, use the recipe it was made with ({out / RECIPE}); to start "
                 "afresh, choose another --out"
             )

@@ -165,7 +165,7 @@ class Job:
 
 @pytest.fixture
 def start_job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Starts `deepspeed launch/pretrain.py` (or another command) with free ports; kills leftovers."""
+    """Starts `deepspeed launch/pretrain.py` (or `groundwork`) with free ports; kills leftovers."""
     jobs: list[Job] = []
 
     def start(*arguments: str, launcher: str = "deepspeed", ranks: int = 2) -> Job:

@@ -105,7 +105,7 @@ def class_features(
     """Normalised class features. items: knowledge per concept -> (K, D)."""
     prompts = [class_prompts(c.name, own) for c, own in zip(concepts, items, strict=True)]
     texts = [text for own in prompts for text in own]
-    # texts of like length are encoded together, cut after the longest: padding costs as much as text
+    # texts of like length are encoded together, cut after the longest: padding costs like text
     ids = tokenizer.encode(texts)
     order = (ids != 0).sum(1).argsort()
     features = []
@@ -122,7 +122,7 @@ def class_features(
 def picture_features(
     objective: nn.Module, dataset: Dataset, transform: ImageTransform, batch: int = 256
 ) -> Pictures:
-    """Encode every labelled picture of a split; undecodable ones raise SampleError with their key."""
+    """Encode every labelled picture of a split; bad ones raise SampleError with their key."""
     labels, numbers, features, images = [], [], [], []
     for number in range(len(dataset)):
         try:
@@ -153,7 +153,7 @@ def rank_of_truth(pictures: Pictures, classes: Tensor, labels: Sequence[int]) ->
 
 
 def bootstrap(hits: NDArray[np.float64], labels: NDArray[np.int64], seed: int = 0) -> Score:
-    """Mean of `hits` in percent; classes, not pictures, are redrawn, as their pictures are alike."""
+    """Mean of `hits` in percent; classes, not pictures, are redrawn: their pictures are alike."""
     _, group = np.unique(labels, return_inverse=True)
     sums, counts = np.bincount(group, hits), np.bincount(group)
     draws = np.random.default_rng(seed).integers(len(sums), size=(BOOTSTRAP_DRAWS, len(sums)))

@@ -48,7 +48,7 @@ def evaluate_zeroshot(
     concepts = open_dataset(directory, _any_split(directory)).concepts
     if not concepts:
         raise ShardError(
-            f"{directory}: no {'concepts.json'} in it, so there are no names to choose among; build "
+            f"{directory}: no concepts.json in it, so there are no names to choose among; build "
             "it with `groundwork shards build`"
         )
     source = knowledge or trained.recipe.data.knowledge.index

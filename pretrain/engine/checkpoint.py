@@ -6,8 +6,8 @@
     OUT/checkpoints/latest                            name of the last complete one
 
 A checkpoint is written to a hidden folder, synced, and renamed when every rank is done; `latest` is
-replaced after that. Files are read with torch's `weights_only` loader: a checkpoint from elsewhere can
-hold numbers, not code.
+replaced after that. Files are read with torch's `weights_only` loader: a checkpoint from elsewhere
+can hold numbers, not code.
 """
 
 import json
@@ -53,7 +53,8 @@ class CheckpointConfig:
 class RunState:
     """What a run needs, besides DeepSpeed's shards, to go on exactly.
 
-    step: steps done. position: next global position of the stream. recipe: resolved, as JSON values.
+    step: steps done. position: next global position of the stream.
+    recipe: resolved, as JSON values.
     dataset: digest of the data set. bad_samples: quarantined so far.
     """
 

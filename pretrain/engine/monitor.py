@@ -37,7 +37,7 @@ class Monitor:
     """Rank 0's view of the run; on other ranks every call does nothing.
 
     A metric line has: step, samples (seen so far), epoch, seconds (of this process), the losses,
-    lr, grad_norm, samples_per_s, data_wait (share of the time spent waiting for batches), bad_samples.
+    lr, grad_norm, samples_per_s, data_wait (share of the time), bad_samples.
     """
 
     def __init__(

@@ -128,7 +128,7 @@ def train(
 def _over_ranks(
     losses: dict[str, Tensor], pending: int, wait: float, world: World
 ) -> tuple[dict[str, float], int]:
-    """Mean of the losses and of the waiting share over ranks, and the sum of pending bad samples."""
+    """Mean of losses and waiting share over ranks, and the sum of pending bad samples."""
     names = [*losses, "data_wait"]
     values = torch.stack([*losses.values(), torch.tensor(wait, device=world.device)]).double()
     values = torch.cat([values, torch.tensor([pending * world.size], device=world.device)])

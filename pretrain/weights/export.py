@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,7 +55,7 @@ def export(trained: Trained, out: Path, kind: str) -> float:
         if difference > TOLERANCE:
             raise ExportError(
                 f"--format {kind}: the exported model differs by {difference:.1e} after reloading, "
-                f"more than {TOLERANCE:.0e}; nothing was written. This is a defect: please report it"
+                f"more than {TOLERANCE:.0e}; nothing was written. Please report this defect"
             )
     return difference
 

@@ -15,7 +15,7 @@ def full_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The parameters of a checkpoint, by name: float32 masters, gathered from all ranks.
 
     Layout of the shards: ZeRO-3 cuts every parameter into equal parts, one per rank, and lays a
-    rank's parts end to end; ZeRO-1 and 2 lay the parameters of a group end to end and cut the whole.
+    rank's parts end to end; ZeRO-1 and 2 lay a group's parameters end to end and cut the whole.
     """
     states = _optimizer_shards(checkpoint)
     model = load_tensors(_shard_files(checkpoint, "model_states")[0])
@@ -35,7 +35,7 @@ def full_optimizer_state(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
     states = _optimizer_shards(checkpoint)
     if _stage(states) != 3:
         raise CheckpointError(
-            f"{checkpoint}: optimiser moments are read from ZeRO-3 checkpoints only, this one is of "
+            f"{checkpoint}: moments are read from ZeRO-3 checkpoints only, this one is of "
             f"stage {_stage(states)}"
         )
     shapes = load_tensors(_shard_files(checkpoint, "model_states")[0])["param_shapes"]
@@ -52,7 +52,7 @@ def full_optimizer_state(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
 def state_digest(checkpoint: Path) -> str:
     """sha256 over all parameters and both moments of AdamW, by name, for comparing two runs.
 
-    Taken from the reassembled tensors: the shards themselves end in padding that nobody initialises.
+    Taken from the reassembled tensors: the shards end in padding that nobody initialises.
     """
     digest = hashlib.sha256()
     tensors = {"weight": full_weights(checkpoint), **full_optimizer_state(checkpoint)}

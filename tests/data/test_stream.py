@@ -68,7 +68,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Stream[Example]:
 
 @pytest.fixture(scope="module")
 def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Stream[Example]:
-    """A third of the samples are bad: web pages instead of pictures, and a member of flipped bits."""
+    """A third of the samples are bad: web pages for pictures, and a member of flipped bits."""
     folder = tmp_path_factory.mktemp("spoilt") / "o"
     dataset = build(folder, lambda i, image: b"<html>403</html>" if i % 4 == 0 else image)
     image = dataset.read(7).image
