@@ -13,11 +13,19 @@ BIN := $(VENV)/bin
 SYSTEM_PACKAGES := wordnet-base fonts-noto-color-emoji
 OUT := runs/demo
 
-# the shell functions of all recipes: run prints a command and runs it, fail prints a message and ends
+# the shell functions of all recipes: run prints a command and runs it, fail prints a message and ends,
+# apt_install does what its name says where this user may, and fails where not
 define FUNCTIONS
 run() { echo "$$*"; "$$@"; }
-fail() { printf '\nerror: %s\n' "$$@" >&2; exit 1; }
+fail() { printf '\nerror: ' >&2; printf '%s\n' "$$@" >&2; exit 1; }
 supported() { command -v "$$1" >/dev/null && "$$1" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; }
+apt_install() {
+  command -v apt-get >/dev/null || return 1
+  local apt=(env DEBIAN_FRONTEND=noninteractive apt-get)
+  if [ "$$(id -u)" != 0 ]; then sudo -n true 2>/dev/null || return 1; apt=(sudo -n "$${apt[@]}"); fi
+  run "$${apt[@]}" install --yes --no-install-recommends "$$@" && return 0
+  run "$${apt[@]}" update && run "$${apt[@]}" install --yes --no-install-recommends "$$@"
+}
 endef
 
 .PHONY: help demo test lint docs gpu clean system-packages
@@ -69,11 +77,8 @@ system-packages: $(VENV)/.with-test
 	$(BIN)/python -c 'from groundwork.data.knowledge.wordnet import find_wordnet; find_wordnet()' 2>/dev/null || missing="$$missing wordnet-base"
 	$(BIN)/python -c 'from groundwork.data.sources.emoji import find_font; find_font()' 2>/dev/null || missing="$$missing fonts-noto-color-emoji"
 	if [ -z "$$missing" ]; then exit 0; fi
-	install="apt-get install --yes --no-install-recommends$$missing"
-	command -v apt-get >/dev/null || fail "missing on this machine:$$missing (names of Debian's packages). Install WordNet 3.0 and Noto Color Emoji with your system's package manager."
-	if [ "$$(id -u)" = 0 ]; then root="env"; elif sudo -n true 2>/dev/null; then root="sudo -n env"; else fail "missing on this machine:$$missing. Run:  sudo $$install"; fi
-	quiet="DEBIAN_FRONTEND=noninteractive"
-	run $$root $$quiet $$install || { run $$root $$quiet apt-get update && run $$root $$quiet $$install; } || fail "$$install: failed, see above"
+	apt_install $$missing || fail "missing on this machine, and not installed by itself:$$missing. Run:" \
+	  "  sudo apt-get install$$missing" "(names of Debian's packages: WordNet 3.0, and the font Noto Color Emoji)"
 
 $(BIN)/python:
 	@$(FUNCTIONS)
@@ -89,10 +94,17 @@ $(BIN)/python:
 	  run uv venv --python 3.12 $(VENV) || fail "uv could not fetch Python 3.12; install Python 3.11 or 3.12 and repeat"
 	elif uv --version >/dev/null 2>&1; then
 	  run uv venv --python "$$(command -v $$python)" $(VENV)
-	elif ! run $$python -m venv $(VENV); then
+	elif run $$python -m venv $(VENV); then :
+	else
 	  rm -rf $(VENV)
-	  fail "$$python cannot make virtual environments. Run:  sudo apt-get install python3-venv" \
-	    "(for a Python besides the system's: $$($$python -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'))"
+	  package=$$($$python -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+	  if apt_install $$package && run $$python -m venv $(VENV); then :
+	  elif run $$python -m venv --without-pip $(VENV) && run $$python -m pip install --quiet --target $(VENV)/.uv uv; then
+	    run ln -s ../.uv/bin/uv $(BIN)/uv
+	  else
+	    rm -rf $(VENV)
+	    fail "$$python cannot make virtual environments. Run:" "  sudo apt-get install $$package"
+	  fi
 	fi
 
 # test, dev and docs are the extras of pyproject.toml; a change of it installs again

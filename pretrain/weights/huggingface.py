@@ -79,10 +79,11 @@ def image_processor(transform: ImageTransform) -> Any:
 
 
 def _check_windows(config: SwinConfig) -> None:
-    last = config.image_size // config.patch_size // 2 ** (len(config.depths) - 1)
-    if last < config.window_size:
+    with_blocks = [stage for stage, depth in enumerate(config.depths) if depth]
+    smallest = config.image_size // config.patch_size // 2 ** max(with_blocks, default=0)
+    if smallest < config.window_size:
         raise ExportError(
-            f"--format hf: the last stage is {last} x {last}, below the window of "
+            f"--format hf: a stage is {smallest} x {smallest}, below the window of "
             f"{config.window_size}; transformers keeps the larger bias table there. Use "
             "--format groundwork"
         )

@@ -13,7 +13,7 @@ from groundwork.pretrain.recipe import load_recipe, recipe_to_dict
 from groundwork.pretrain.report import read_steps
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 600
+STEPS = load_recipe("klite_emoji").train.steps
 
 
 class Commands:
@@ -163,13 +163,13 @@ def test_a_stopped_training_is_not_evaluated_but_resumed(
     commands.step = 250
     assert demo.start(commands.out, [], commands) == 0
     assert commands.names() == ["shards", "knowledge", "pretrain"]
-    assert "stopped after step 250 of 600" in capsys.readouterr().out
+    assert f"stopped after step 250 of {STEPS}" in capsys.readouterr().out
 
     commands.step = STEPS
     assert demo.start(commands.out, [], commands) == 0
     assert commands.names() == ["pretrain", "evaluate", "export", "report"]
     parts = [s for s in read_steps(commands.out / "commands.json") if s.name == "pretrain"]
-    assert [part.note for part in parts] == ["stopped after step 250 of 600", ""]
+    assert [part.note for part in parts] == [f"stopped after step 250 of {STEPS}", ""]
 
 
 def test_a_training_stopped_before_its_first_checkpoint_is_recognised(
@@ -179,7 +179,7 @@ def test_a_training_stopped_before_its_first_checkpoint_is_recognised(
         return 0 if argv[0] == "deepspeed" else commands(argv)
 
     assert demo.start(commands.out, [], run) == 0
-    assert "stopped after step 0 of 600" in capsys.readouterr().out
+    assert f"stopped after step 0 of {STEPS}" in capsys.readouterr().out
 
 
 def test_a_mistake_in_an_override_shows_before_any_work(

@@ -124,10 +124,13 @@ def test_no_launch_file_hides_a_top_level_module() -> None:
 def test_transformers_does_not_take_our_kernels_for_its_own() -> None:
     """A multi-node launcher puts the repository's root on the path of every rank."""
     program = (
-        "import sys, transformers.modeling_utils\n"
-        "found = sys.modules.get('kernels')\n"
-        "print(getattr(found, '__path__', None))\n"
-        f"assert found is None or not any({str(ROOT)!r} in p for p in found.__path__), found\n"
+        "import sys\n"
+        "from importlib.metadata import packages_distributions\n"
+        "import transformers.modeling_utils\n"
+        "from transformers.utils.import_utils import is_kernels_available\n"
+        "assert not is_kernels_available() or 'kernels' in packages_distributions()\n"
+        "files = [str(getattr(module, '__file__', None)) for module in [*sys.modules.values()]]\n"
+        f"assert [file for file in files if file.startswith({str(ROOT / 'kernels')!r})] == []\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
