@@ -5,6 +5,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -119,7 +120,10 @@ def usable_ranks() -> int:
 
 
 def run_command(argv: Sequence[str]) -> int:
-    """Run a command with the tools of this interpreter's environment first in PATH."""
+    """Run a command with the tools of this interpreter's environment first in PATH.
+
+    Ctrl-C reaches the command by itself; SIGTERM is passed on, so that none is left behind.
+    """
     tools = str(Path(sys.executable).parent)
     path = os.pathsep.join(filter(None, (tools, os.environ.get("PATH"))))
     try:
@@ -131,12 +135,16 @@ def run_command(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 127
-    while True:
-        try:
-            status = process.wait()
-            return status if status >= 0 else 128 - status
-        except KeyboardInterrupt:
-            continue  # the command has received it, too, and decides how to end
+    before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    try:
+        while True:
+            try:
+                status = process.wait()
+                return status if status >= 0 else 128 - status
+            except KeyboardInterrupt:
+                continue  # the command decides how to end
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _demo(out: Path, overrides: Sequence[str], run: Run) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -210,3 +211,9 @@ def test_exit_statuses_are_those_of_a_shell(capsys: pytest.CaptureFixture[str]) 
     assert demo.run_command(["sh", "-c", "kill -TERM $$"]) == 143
     assert demo.run_command(["no-such-command-anywhere"]) == 127
     assert "no-such-command-anywhere: not found" in capsys.readouterr().err
+
+
+def test_sigterm_ends_the_command_and_not_the_demo_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert demo.run_command(["sh", "-c", "sleep 0.5; kill -TERM $PPID; exec sleep 60"]) == 143
+    assert signal.getsignal(signal.SIGTERM) == before
