@@ -5,7 +5,9 @@ pure functions of (seed, i). A rank's batch is a slice of positions, so the whol
 is the next global position, whatever the number of ranks and workers.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -184,6 +186,14 @@ class _Collate(Generic[T, BatchT]):
 
 def _leave_signals_to_the_rank(_worker: int) -> None:
     # Ctrl-C and the scheduler's SIGTERM reach the whole process group; the rank finishes its step
-    # and needs its workers until then. Workers end when the rank does.
+    # and needs its workers until then. Its own SIGTERM still ends them: a rank that leaves with an
+    # error sends it at exit and then waits for them, without end if they ignored it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_rank_says, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_the_rank_says(rank_process: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank_process:
+        pass
+    os._exit(0)

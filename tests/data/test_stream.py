@@ -1,11 +1,14 @@
 import io
+import multiprocessing
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -201,11 +204,35 @@ def test_workers_outlive_the_signals_that_ask_a_job_to_stop(good: Stream[Example
     worker = received[0].data[0].process
     assert worker != os.getpid()
     for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(worker, number)
+        # from another process, as the scheduler's
+        subprocess.run(["kill", f"-{number}", str(worker)], check=True)
     received += batches
     sequence = [(e.key, e.pixels) for batch in received for e in batch.data]
     assert sequence == run(good, 1, 0)[0]
     assert {e.process for batch in received for e in batch.data} == {worker}
+
+
+def leave_with_batches_to_come(stream: Stream[Example]) -> None:
+    plan = BatchPlan(GLOBAL_BATCH, MICRO_BATCH, 1, 0)
+    batches = stream.batches(plan, as_list, first_step=0, last_step=1000, workers=2)
+    next(batches)
+    HELD.append(batches)  # as the traceback of an error does
+
+
+HELD: list[object] = []
+
+
+def test_a_rank_that_leaves_early_takes_its_workers_along(good: Stream[Example]) -> None:
+    rank = multiprocessing.get_context("fork").Process(
+        target=leave_with_batches_to_come, args=(good,)
+    )
+    rank.start()
+    rank.join(30)
+    ended = rank.exitcode
+    for child in psutil.Process(rank.pid).children() if ended is None else ():
+        child.kill()
+    rank.kill()
+    assert ended == 0
 
 
 @given(
