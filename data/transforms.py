@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from groundwork.data.samples import SampleError
@@ -93,6 +93,9 @@ def decode_image(data: bytes) -> Image.Image:
             return _upright(_rgb(image), image)
     except SampleError:
         raise
+    except UnidentifiedImageError as error:
+        # its own message names an address in memory, so would differ from run to run
+        raise SampleError("image cannot be decoded: neither JPEG, PNG nor WebP") from error
     # the decoders meet malformed files with anything from struct.error to KeyError
     except Exception as error:
         raise SampleError(f"image cannot be decoded: {error or type(error).__name__}") from error

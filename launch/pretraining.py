@@ -58,7 +58,7 @@ def _command(world_size: int) -> str:
     """The command line that started this job."""
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     if os.environ.get("GROUNDWORK_RANKS"):
-        return shlex.join(["groundwork", *arguments])
+        return shlex.join(["groundwork", *arguments, "--ranks", str(world_size)])
     script = sys.argv[0]
     if "CROSS_SIZE" in os.environ:  # set by deepspeed's launcher alone
         return shlex.join(["deepspeed", "--num_gpus", str(world_size), script, *arguments])

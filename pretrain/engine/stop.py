@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -45,15 +46,16 @@ class StopRequest:
 
 
 def _launchers() -> list[psutil.Process]:
-    """The processes of `deepspeed` or `groundwork` above this one."""
+    """The processes of `deepspeed` or `groundwork pretrain` above this one."""
     above = psutil.Process(os.getpid()).parents()
     found = []
     for process in above:
         try:
-            command = " ".join(process.cmdline()[:4])
+            command = process.cmdline()
         except psutil.Error:
             break
-        if "deepspeed" not in command and "groundwork" not in command:
+        is_deepspeed = any("deepspeed" in Path(word).name for word in command[:5])
+        if not is_deepspeed and "pretrain" not in command:
             break
         found.append(process)
     return found

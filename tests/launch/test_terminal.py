@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.multirank
 def test_ctrl_c_under_deepspeed_saves_and_ends_with_zero(tiny_recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
+    metrics = out / "metrics.jsonl"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -41,7 +42,7 @@ def test_ctrl_c_under_deepspeed_saves_and_ends_with_zero(tiny_recipe: Path, tmp_
                 shown += os.read(terminal, 65536)
             except OSError:
                 break  # the last process has closed the terminal
-            if not pressed and (out / "metrics.jsonl").is_file():
+            if not pressed and metrics.is_file() and metrics.stat().st_size:
                 os.write(terminal, b"\x03")
                 pressed = True
         else:

@@ -118,7 +118,7 @@ def test_what_a_recipe_leaves_out_has_its_default(write: Writer) -> None:
         ("kind: klite", "kind: klit", r":3: model\.kind: .*'klite'.*'klit'"),
         ("num_heads: [2, 2]", "num_heads: [2]", r":4: model\.image: depths has 2 stages"),
         ("heads: 2\nobj", "heads: 3\nobj", r":5: model\.text: width 16 is not divisible by 3"),
-        ("train:\n", "train: 3\nmonitor:\n", r":11: train: .*dictionary.*3"),
+        ("train:\n", "train: 3\nmonitor:\n", r":11: train: .*object.*3"),
         ("model:", "model: [", r"mine\.yaml: not valid YAML"),
         (GOOD, "- a\n- b\n", r"mine\.yaml: a recipe is a mapping of sections"),
         (GOOD, "", r"mine\.yaml: a recipe is a mapping of sections"),
