@@ -183,6 +183,8 @@ def _read_openai(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
         # CLIP uses the first 49152 - 256 - 2 merges of the file, after its header line
         merges = [(a, b) for a, b in (line.split() for line in lines[1 : 49152 - 256 - 2 + 1])]
+        if not merges:
+            raise ValueError("it is empty")
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise TokenizerError(f"{path}: not OpenAI's gzipped list of merges: {error}") from error
     return _vocabulary(merges), merges

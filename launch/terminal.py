@@ -2,8 +2,8 @@
 
 A terminal sends Ctrl-C to every process of its foreground group: the ranks, but also the two
 processes of the `deepspeed` command, which die of it at once and report failure while the
-ranks are still saving. A rank that makes itself the foreground group receives Ctrl-C alone; it stops
-the job, and the launcher sees ranks that ended well.
+ranks are still saving. A rank that makes itself the foreground group receives Ctrl-C alone; it
+stops the job, and the launcher sees ranks that ended well.
 """
 
 import contextlib

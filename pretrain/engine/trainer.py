@@ -69,6 +69,7 @@ def train(
     engine.train()
     dtype = DTYPES[loop.precision]
     began = time.monotonic()
+    first_step_s = 0.0
     since_log, waited, done, saved = began, 0.0, loop.first_step, loop.first_step
     while done < loop.steps and not stop.agreed():
         lr = loop.lr(done)
@@ -90,7 +91,8 @@ def train(
         done += 1
         monitor.step(done)
         if done == loop.first_step + 1:
-            monitor.say(f"first step done {seconds_since_launch():.1f} s after launch")
+            first_step_s = seconds_since_launch()
+            monitor.say(f"first step done {first_step_s:.1f} s after launch")
         if done % loop.log_every == 0 or done == loop.steps:
             now = time.monotonic()
             steps = done - max(loop.first_step, (done - 1) // loop.log_every * loop.log_every)
@@ -108,6 +110,7 @@ def train(
                 "seconds_per_step": (now - since_log) / steps,
                 "samples_per_s": steps * loop.plan.global_batch / (now - since_log),
                 "bad_samples": quarantine.count,
+                "first_step_s": first_step_s,
             }
             monitor.log(metrics)
             if not (math.isfinite(means["loss"]) and math.isfinite(metrics["grad_norm"])):
