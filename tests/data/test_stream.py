@@ -160,7 +160,7 @@ def test_bad_samples_are_reported_with_place_and_reason(
     assert not bad & {key for key, _ in sequence}
     clean, _ = run(good, 1, 0)
     own = {position: key for position, (key, _) in enumerate(clean) if key in bad}
-    first_faults = {}
+    first_faults: dict[int, str] = {}
     for fault in faults:
         first_faults.setdefault(fault.position, fault.key)
         shard = int(fault.key[1:]) // 5

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import open_clip
+import open_clip  # type: ignore[import-untyped]
 import pytest
 import torch
 from hypothesis import given, settings
@@ -205,7 +205,7 @@ def test_transformers_reads_a_saved_tokenizer(
 
 def test_the_layout_of_tokenizer_json_is_read(trained: ClipTokenizer, tmp_path: Path) -> None:
     special = {START: trained.start_id, END: trained.end_id}
-    record = {
+    record: dict[str, Any] = {
         "added_tokens": [{"content": token, "id": i} for token, i in special.items()],
         "model": {
             "vocab": {t: i for t, i in trained.vocabulary.items() if t not in special},

@@ -334,7 +334,7 @@ def test_a_wrong_setting_is_refused_by_name(wrong: dict[str, object]) -> None:
 
 
 def test_mirroring_is_as_frequent_as_asked() -> None:
-    data = encoded(Image.fromarray(np.tile(np.arange(0, 240, 10, np.uint8), (24, 1))))
+    data = encoded(Image.fromarray(np.tile(np.arange(0, 240, 10), (24, 1)).astype(np.uint8)))
     transform = ImageTransform(size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.3)
     flipped = 0
     for seed in range(600):
