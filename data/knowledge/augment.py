@@ -8,7 +8,7 @@ where tok splits into words and punctuation and joins them by single blanks.
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Final, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ WORDNET_TEXTS: Final = ("wn_def", "wn_path")
 _PATH_LENGTH: Final = 3
 
 
+@lru_cache(maxsize=1 << 16)
 def tokenize_words(text: str) -> str:
     """The words and marks of a text, joined by single blanks.
 

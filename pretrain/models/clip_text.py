@@ -6,6 +6,7 @@ Differs from transformers' CLIPTextModel in names (fused `in_proj`), in the Laye
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from groundwork.pretrain.models.initialisation import init_linear_and_norm
+from groundwork.pretrain.models.initialisation import Init, init_linear_and_norm, linear_std
 
 #: LayerNorm epsilon of the official text encoder. Embeddings start with std 0.02, so it is visible.
 EPSILON = 1e-12
@@ -25,6 +26,8 @@ class TextConfig:
 
     vocab_size: null takes the tokenizer's.
     autoregressive: False lets every token see all others but padding (id 0).
+    init: of the weights and of their projection. `reference` has std 0.02, which barely lets a
+        text through a narrow tower; `lecun` has 1/sqrt(inputs).
     """
 
     vocab_size: int | None = None
@@ -34,6 +37,7 @@ class TextConfig:
     heads: int = 8
     drop_path: float = 0.0
     autoregressive: bool = True
+    init: Init = "reference"
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -65,13 +69,13 @@ class SelfAttention(nn.Module):
     would find partitioned.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, init: Init) -> None:
         super().__init__()
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        nn.init.trunc_normal_(self.in_proj_weight, std=0.02)
+        nn.init.trunc_normal_(self.in_proj_weight, std=linear_std(init, width))
 
     def forward(self, x: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """x: (B, N, D); mask: (B, 1, 1, N) bool, True where a key counts -> (B, N, D)."""
@@ -85,9 +89,9 @@ class SelfAttention(nn.Module):
 class ResidualBlock(nn.Module):
     """Pre-norm transformer block. x: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, width: int, heads: int, drop_path: float) -> None:
+    def __init__(self, width: int, heads: int, drop_path: float, init: Init) -> None:
         super().__init__()
-        self.attn = SelfAttention(width, heads)
+        self.attn = SelfAttention(width, heads, init)
         self.ln_1 = LayerNorm(width, eps=EPSILON)
         self.mlp = nn.Sequential(
             OrderedDict(
@@ -120,6 +124,7 @@ class TextTransformer(nn.Module):
         heads: int,
         drop_path: float = 0.0,
         autoregressive: bool = True,
+        init: Init = "reference",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -129,11 +134,11 @@ class TextTransformer(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         rates = torch.linspace(0, drop_path, layers, device="cpu").tolist()
-        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, rate) for rate in rates)
+        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, rate, init) for rate in rates)
         self.ln_final = LayerNorm(width, eps=EPSILON)
         nn.init.trunc_normal_(self.token_embedding.weight, std=0.02)
         nn.init.trunc_normal_(self.positional_embedding, std=0.02)
-        self.apply(init_linear_and_norm)
+        self.apply(partial(init_linear_and_norm, init=init))
 
     def forward(self, ids: Tensor) -> Tensor:
         if ids.shape[1] > len(self.positional_embedding):
@@ -165,5 +170,6 @@ def build_text(config: TextConfig) -> TextTransformer:
         heads=config.heads,
         drop_path=config.drop_path,
         autoregressive=config.autoregressive,
+        init=config.init,
         activation_checkpointing=config.activation_checkpointing,
     )

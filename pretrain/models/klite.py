@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from groundwork.pretrain.models.clip_text import TextConfig, TextTransformer, build_text
+from groundwork.pretrain.models.initialisation import Init, linear_std
 from groundwork.pretrain.models.internimage import InternImageConfig, build_internimage
 from groundwork.pretrain.models.swin import SwinConfig, build_swin
 
@@ -80,6 +81,7 @@ class Klite(nn.Module):
         image_dim: int,
         projection_dim: int,
         logit_scale: float,
+        text_init: Init = "reference",
     ) -> None:
         super().__init__()
         self.visual = visual
@@ -93,7 +95,7 @@ class Klite(nn.Module):
         self.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             _one_element_logit_scale
         )
-        nn.init.trunc_normal_(self.text_projection, std=0.02)
+        nn.init.trunc_normal_(self.text_projection, std=linear_std(text_init, text.out_dim))
         nn.init.trunc_normal_(self.vision_projection, std=0.02)
 
     def forward(self, image: Tensor | None = None, ids: Tensor | None = None) -> Any:
@@ -161,4 +163,5 @@ def build_klite(config: KliteConfig) -> Klite:
         image_dim=config.image.out_dim,
         projection_dim=config.projection_dim,
         logit_scale=config.logit_scale,
+        text_init=config.text.init,
     )

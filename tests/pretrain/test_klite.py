@@ -369,3 +369,16 @@ def test_text_starts_with_the_official_initialisation() -> None:
             assert parameter.min() == parameter.max() == 1, name
         else:
             assert 0.018 < parameter.std() < 0.022, name
+
+
+def test_the_lecun_initialisation_hands_a_text_on_at_its_own_size() -> None:
+    torch.manual_seed(0)
+    text = TextConfig(vocab_size=400, width=64, layers=2, heads=2, init="lecun")
+    model = build_klite(replace(TINY, text=text))
+    expected = {"in_proj_weight": 64, "out_proj.weight": 64, "c_fc.weight": 64, "c_proj.weight": 256}
+    for name, parameter in model.text.named_parameters():
+        for part, inputs in expected.items():
+            if name.endswith(part):
+                assert 0.97 < parameter.std() * inputs**0.5 < 1.03, name
+    assert model.text.token_embedding.weight.std() < 0.022
+    assert 0.97 < model.text_projection.std() * 64**0.5 < 1.03
