@@ -75,7 +75,7 @@ system-packages: $(VENV)/.with-test
 	@$(FUNCTIONS)
 	missing=""
 	$(BIN)/python -c 'from groundwork.data.knowledge.wordnet import find_wordnet; find_wordnet()' 2>/dev/null || missing="$$missing wordnet-base"
-	$(BIN)/python -c 'from groundwork.data.sources.emoji import find_font; find_font()' 2>/dev/null || missing="$$missing fonts-noto-color-emoji"
+	$(BIN)/python -c 'from groundwork.data.sources.emoji_font import find_font; find_font()' 2>/dev/null || missing="$$missing fonts-noto-color-emoji"
 	if [ -z "$$missing" ]; then exit 0; fi
 	apt_install $$missing || fail "missing on this machine, and not installed by itself:$$missing. Run:" \
 	  "  sudo apt-get install$$missing" "(names of Debian's packages: WordNet 3.0, and the font Noto Color Emoji)"

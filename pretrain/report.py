@@ -26,6 +26,14 @@ from groundwork.data.shard_index import ShardError
 from groundwork.data.shards import read_manifest
 from groundwork.pretrain.engine.checkpoint import RunState, read_state, require_checkpoint
 from groundwork.pretrain.engine.monitor import METRICS
+from groundwork.pretrain.report_page import (
+    duration,
+    facts_table,
+    page,
+    percent,
+    preformatted,
+    spoken,
+)
 from groundwork.pretrain.run import RECIPE
 
 RESULTS, GRID = "zeroshot.json", "zeroshot.png"
@@ -89,16 +97,16 @@ def write_report(out: Path, *, run: Path, zeroshot: Path, commands: Sequence[Ste
         ("What the texts are worth", _controls(results)),
         ("Pictures", _pictures(picture)),
         ("Commands", _commands(commands)),
-        ("Run", _facts(_run_facts(run, state, metrics, results))),
-        ("Versions", _facts(_versions())),
-        ("Licences", _facts(licences)),
-        ("Recipe", f"<details open><summary>{RECIPE}</summary>{_pre(recipe)}</details>"),
+        ("Run", facts_table(_run_facts(run, state, metrics, results))),
+        ("Versions", facts_table(_versions())),
+        ("Licences", facts_table(licences)),
+        ("Recipe", f"<details open><summary>{RECIPE}</summary>{preformatted(recipe)}</details>"),
     ]
     body = "\n".join(
         f"<section>{f'<h2>{escape(head)}</h2>' if head else ''}\n{content}\n</section>"
         for head, content in sections
     )
-    write_atomically(out, _page(title, body).encode("utf-8"))
+    write_atomically(out, page(title, body).encode("utf-8"))
 
 
 def _key_numbers(
@@ -112,21 +120,21 @@ def _key_numbers(
     first = controls.get("plain") or next(iter(controls.values()))
     also = ""
     if "knowledge" in controls and "plain" in controls:
-        also = f"plain names; with knowledge {_percent(controls['knowledge']['top1']['value'])}"
+        also = f"plain names; with knowledge {percent(controls['knowledge']['top1']['value'])}"
     first_step = next((m["first_step_s"] for m in metrics if "first_step_s" in m), None)
     total = sum(step.seconds for step in commands)
     tiles = [
-        (f"top-1, {_spoken(name)}", _percent(first["top1"]["value"]), also),
+        (f"top-1, {spoken(name)}", percent(first["top1"]["value"]), also),
         ("samples/s", f"{_throughput(metrics):,.0f}", "over all steps, saving included"),
         (
             "time to first step",
-            "not recorded" if first_step is None else _duration(first_step),
+            "not recorded" if first_step is None else duration(first_step),
             "from launch",
         ),
-        ("data wait", _percent(100 * _mean(metrics, "data_wait")), "of the training time"),
+        ("data wait", percent(100 * _mean(metrics, "data_wait")), "of the training time"),
         (
             "total time",
-            _duration(total) if commands else "not recorded",
+            duration(total) if commands else "not recorded",
             "of the commands below" if commands else "",
         ),
     ]
@@ -182,7 +190,7 @@ def _controls(results: Mapping[str, Any]) -> str:
                 if key.startswith("gain_over_")
             ]
         parts.append(
-            f"<h3>{escape(_spoken(name))}: {part['pictures']:,} pictures, choice among "
+            f"<h3>{escape(spoken(name))}: {part['pictures']:,} pictures, choice among "
             f"{part['candidates']:,} names</h3>\n"
             "<table><thead><tr><th>text</th><th>top-1 %</th><th>95 % interval</th><th></th>"
             "<th>top-5 %</th><th>95 % interval</th></tr></thead>\n"
@@ -255,11 +263,11 @@ def _commands(commands: Sequence[Step]) -> str:
     if not commands:
         return "<p>Not recorded.</p>"
     rows = "".join(
-        f"<tr><td><code>{escape(step.command)}</code></td><td>{_duration(step.seconds)}</td>"
+        f"<tr><td><code>{escape(step.command)}</code></td><td>{duration(step.seconds)}</td>"
         f"<td>{step.status}</td><td>{escape(step.note)}</td></tr>"
         for step in commands
     )
-    total = _duration(sum(step.seconds for step in commands))
+    total = duration(sum(step.seconds for step in commands))
     return (
         "<table><thead><tr><th>command</th><th>duration</th><th>exit status</th><th></th></tr>"
         f"</thead><tbody>{rows}</tbody><tfoot><tr><th>total</th><td>{total}</td><td></td><td></td>"
@@ -397,82 +405,3 @@ def _mean(metrics: Sequence[Mapping[str, Any]], key: str) -> float:
     """Mean of a share of time, over time."""
     weights = [line["seconds_per_step"] for line in metrics]
     return sum(w * line[key] for w, line in zip(weights, metrics, strict=True)) / sum(weights)
-
-
-def _spoken(name: str) -> str:
-    return name.replace("heldout", "held-out").replace("_", " ")
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1f} %"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{seconds:.1f} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    rows = "".join(
-        f'<tr><th>{escape(key)}</th><td class="text">{escape(value)}</td></tr>'
-        for key, value in facts.items()
-    )
-    return f'<table class="facts"><tbody>{rows}</tbody></table>'
-
-
-def _pre(text: str) -> str:
-    return f"<pre>{escape(text)}</pre>"
-
-
-def _page(title: str, body: str) -> str:
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-{body}
-</body>
-</html>
-"""
-
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff;
-  max-width: 68rem; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.7rem; margin-bottom: .6rem; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #d8dee6; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
-.note { color: #46505e; max-width: 54rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: .8rem; }
-.tile { flex: 1 1 10rem; border: 1px solid #d8dee6; border-radius: 6px; padding: .7rem .9rem; }
-.what { font-size: .82rem; color: #46505e; }
-.value { font-size: 1.5rem; font-weight: 600; }
-table { border-collapse: collapse; margin: .4rem 0 .8rem; font-size: .92rem; }
-th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #e6eaf0;
-  font-variant-numeric: tabular-nums; vertical-align: top; }
-thead th, tfoot th { color: #46505e; font-weight: 600; }
-tbody th { font-weight: 500; }
-td.text { white-space: pre-wrap; overflow-wrap: anywhere; }
-code, pre { font: .85em/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
-pre { background: #f5f7fa; padding: .8rem; white-space: pre-wrap; }
-figure { margin: 0; }
-figure svg, figure img { max-width: 100%; height: auto; }
-.bar { position: relative; width: 14rem; height: .7rem; margin-top: .4rem; background: #eef1f5; }
-.bar i { display: block; height: 100%; background: #1f6f8b; }
-.bar b { position: absolute; top: .25rem; height: .2rem; background: #0d2b36; opacity: .6; }
-@media print {
-  body { margin: 0; max-width: none; font-size: 11pt; }
-  h2, h3 { break-after: avoid; }
-  table, figure, .tiles { break-inside: avoid; }
-  .bar, .bar i, .bar b { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-}
-"""

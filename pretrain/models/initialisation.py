@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import nn
 
-#: `reference`: std 0.02 whatever the width, as in the published code. `lecun`: 1/sqrt(inputs), which
+#: `reference`: std 0.02 at any width, as in the published code. `lecun`: 1/sqrt(inputs), which
 #: hands a signal on at its own size in narrow towers, too.
 Init = Literal["reference", "lecun"]
 

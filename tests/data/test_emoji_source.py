@@ -12,16 +12,13 @@ from PIL import Image
 
 from groundwork.data.samples import sample_from_fields
 from groundwork.data.sources.emoji import (
-    CELL_WIDTH_HEIGHT,
     EmojiConfig,
-    choose_view,
-    compose,
-    draw_glyph,
     emoji_concepts,
     emoji_sample,
     emoji_samples,
-    find_font,
 )
+from groundwork.data.sources.emoji_font import CELL_WIDTH_HEIGHT, draw_glyph, find_font
+from groundwork.data.sources.emoji_rendering import choose_view, compose
 from groundwork.data.sources.errors import SourceError
 
 
@@ -161,9 +158,8 @@ def test_more_renderings_leave_the_old_ones_as_they_were() -> None:
 def test_a_glyph_stands_out_from_its_background(index: int, rendering: int, seed: int) -> None:
     assert FONT is not None
     code_point = int(CONCEPTS[index].info["code_point"], 16)
-    config = replace(CONFIG, seed=seed)
     glyph = draw_glyph(FONT, code_point)
-    view = choose_view(config, code_point, rendering, glyph)
+    view = choose_view(glyph, 72, (seed, code_point, rendering))
     picture = np.asarray(compose(glyph, view, 72), np.float64)
     nothing = Image.new("RGBa", CELL_WIDTH_HEIGHT)
     background = np.asarray(compose(nothing, view, 72), np.float64)

@@ -375,7 +375,12 @@ def test_the_lecun_initialisation_hands_a_text_on_at_its_own_size() -> None:
     torch.manual_seed(0)
     text = TextConfig(vocab_size=400, width=64, layers=2, heads=2, init="lecun")
     model = build_klite(replace(TINY, text=text))
-    expected = {"in_proj_weight": 64, "out_proj.weight": 64, "c_fc.weight": 64, "c_proj.weight": 256}
+    expected = {
+        "in_proj_weight": 64,
+        "out_proj.weight": 64,
+        "c_fc.weight": 64,
+        "c_proj.weight": 256,
+    }
     for name, parameter in model.text.named_parameters():
         for part, inputs in expected.items():
             if name.endswith(part):
