@@ -386,4 +386,4 @@ def test_the_lecun_initialisation_hands_a_text_on_at_its_own_size() -> None:
             if name.endswith(part):
                 assert 0.97 < parameter.std() * inputs**0.5 < 1.03, name
     assert model.text.token_embedding.weight.std() < 0.022
-    assert 0.97 < model.text_projection.std() * 64**0.5 < 1.03
+    assert 0.9 < model.text_projection.std() * 64**0.5 < 1.1
