@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from groundwork.kernels.dcnv3 import BACKENDS, choose_backend, dcnv3, dcnv3_reference
+from groundwork.kernels.dcnv3 import choose_backend, dcnv3
+from groundwork.kernels.dcnv3_cpu import unavailable
+from groundwork.kernels.dcnv3_reference import dcnv3_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "internimage"
 CASES = json.loads((GOLDEN / "cases.json").read_text())["op"]
@@ -357,13 +359,22 @@ def test_samples_far_outside_count_as_zero() -> None:
             assert grad.count_nonzero() == 0
 
 
-def test_a_nan_offset_shows_in_the_output_of_its_pixel_only() -> None:
-    value, offset, mask = draw_inputs()
-    offset = offset.detach().clone()
-    offset[0, 2, 3, 0] = float("nan")
-    output = dcnv3(value, offset, mask, kernel_size=3, groups=2)
-    assert output[0, 2, 3, :3].isnan().all()
-    assert output.isnan().sum() == 3
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("far", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_samples_at_no_finite_place_count_as_zero(far: float, backend: str) -> None:
+    value, offset, mask = draw_inputs(dtype=torch.float32)
+    moved = offset.detach().clone().unflatten(-1, (2, 9, 2))
+    moved[0, 2, 3, 0, 4, 1] = far
+    inputs = (value, moved.flatten(3).requires_grad_(), mask)
+    output = dcnv3(*inputs, kernel_size=3, groups=2, backend=backend)
+    without = mask.detach().clone().unflatten(-1, (2, 9))
+    without[0, 2, 3, 0, 4] = 0
+    expected = dcnv3(value, offset, without.flatten(3), kernel_size=3, groups=2)
+    torch.testing.assert_close(output, expected)
+    grads = torch.autograd.grad(output.sum(), inputs)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert grads[1].unflatten(-1, (2, 9, 2))[0, 2, 3, 0, 4].count_nonzero() == 0
+    assert grads[2].unflatten(-1, (2, 9))[0, 2, 3, 0, 4] == 0
 
 
 def test_an_empty_batch_gives_an_empty_output_and_zero_gradients() -> None:
@@ -409,7 +420,11 @@ def test_a_second_derivative_is_refused_by_the_op_and_right_in_the_reference() -
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"backend": "cudnn"}, ValueError, "'cudnn' is unknown; choose one of auto, reference"),
+        (
+            {"backend": "cudnn"},
+            ValueError,
+            "'cudnn' is unknown; choose one of auto, cpu",
+        ),
         ({"groups": 4}, ValueError, "6 channels, groups is 4; choose groups that divide"),
         ({"groups": 0}, ValueError, "groups is 0"),
         ({"kernel_size": 5}, ValueError, r"offset has shape \(2, 7, 6, 36\), expected .* P = 25"),
@@ -440,7 +455,12 @@ def test_a_wrong_tensor_is_named_with_its_remedy() -> None:
         dcnv3(value, offset.to("meta"), mask, kernel_size=3, groups=2)
 
 
-def test_auto_names_a_backend_that_exists() -> None:
-    assert choose_backend("auto", torch.empty(0)) in BACKENDS
-    assert choose_backend("auto", torch.empty(0, device="meta")) in BACKENDS
-    assert choose_backend("reference", torch.empty(0)) == "reference"
+def test_auto_takes_the_first_backend_that_can() -> None:
+    tensors = [t.detach() for t in draw_inputs(dtype=torch.float32)]
+    assert choose_backend("auto", *tensors) == ("reference" if unavailable() else "cpu")
+    assert choose_backend("reference", *tensors) == "reference"
+    doubles = [t.double() for t in tensors]
+    assert choose_backend("auto", *doubles) == "reference"
+    assert choose_backend("auto", *(t.to("meta") for t in tensors)) == "reference"
+    with pytest.raises(ValueError, match=r"value is torch\.float64, not float32 or bfloat16"):
+        dcnv3(*doubles, kernel_size=3, groups=2, backend="cpu")

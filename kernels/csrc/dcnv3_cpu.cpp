@@ -1,0 +1,429 @@
+// DCNv3 for CPUs: forward and backward, float32 and bfloat16 storage, float32 arithmetic.
+//
+// One task is one group of one image. It copies its channels into a private float32 image with a
+// border of zeros, padded to whole vectors: no corner needs a bounds check, no channel count a tail,
+// and the backward pass owns what it adds to, so it needs no atomics and its sums have one order
+// whatever the number of threads. Coordinates are computed for a row of outputs at a time, over all
+// points at once; the corners are then read as vectors over the channels.
+//
+// Built for one instruction set at a time (see groundwork/kernels/host_compiler.py). C interface,
+// no headers but the compiler's own.
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define GW_INLINE static inline __attribute__((always_inline))
+#define GW_FLOOR(x) __builtin_floorf(x)
+#include "deform_math.h"
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+enum DType { FLOAT32 = 0, BFLOAT16 = 1 };
+
+extern "C" struct Dcnv3Problem {
+  int64_t batch, height, width, out_height, out_width;
+  int64_t groups, depth, points;
+  int64_t stride_h, stride_w;
+  int64_t origin_h, origin_w;     // centre of the kernel at output (0, 0), in pixels
+  const float* grid_xy;           // (points, 2): offset_scale times the regular grid
+  float offset_scale;
+  int32_t softmax;
+  int32_t value_dtype, offset_dtype, mask_dtype;
+  int32_t threads;
+};
+
+namespace {
+
+// ---- storage ----
+
+GW_INLINE float from_bf16(uint16_t bits) {
+  const uint32_t wide = (uint32_t)bits << 16;
+  float result;
+  memcpy(&result, &wide, 4);
+  return result;
+}
+
+GW_INLINE uint16_t to_bf16(float x) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (uint16_t)(x != x ? 0x7fc0 : rounded);
+}
+
+GW_INLINE void load(float* out, const void* base, int dtype, int64_t start, int64_t count) {
+  if (dtype == FLOAT32) {
+    memcpy(out, (const float*)base + start, count * sizeof(float));
+  } else {
+    const uint16_t* in = (const uint16_t*)base + start;
+    for (int64_t i = 0; i < count; ++i) out[i] = from_bf16(in[i]);
+  }
+}
+
+GW_INLINE void store(void* base, int dtype, int64_t start, const float* in, int64_t count) {
+  if (dtype == FLOAT32) {
+    memcpy((float*)base + start, in, count * sizeof(float));
+  } else {
+    uint16_t* out = (uint16_t*)base + start;
+    for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(in[i]);
+  }
+}
+
+// exp for arguments <= 0, within 2 units in the last place; a function that loops can vectorise.
+GW_INLINE float exp_nonpositive(float x) {
+  const bool underflows = x < -87.0f;
+  const float clipped = underflows ? -87.0f : x;
+  const float n = GW_FLOOR(clipped * 1.44269504f + 0.5f);
+  const float r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691e-4f;
+  p = p * r + 1.3981999e-3f;
+  p = p * r + 8.3334519e-3f;
+  p = p * r + 4.1665795e-2f;
+  p = p * r + 1.6666665e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  // Through unsigned, so that a NaN that came this far is no undefined shift.
+  const uint32_t bits = (uint32_t)((int32_t)(n == n ? n : 0.0f) + 127) << 23;
+  float power;
+  memcpy(&power, &bits, 4);
+  const float result = p * power;
+  return underflows ? 0.0f : result;
+}
+
+// ---- scratch of one thread ----
+
+struct Scratch {
+  float* memory;
+  size_t bytes;
+};
+
+GW_INLINE int64_t vectors(int64_t depth) { return (depth + LANES - 1) / LANES; }
+
+GW_INLINE size_t image_floats(const Dcnv3Problem& q) {
+  return (size_t)(q.height + 2) * (q.width + 2) * vectors(q.depth) * LANES;
+}
+
+float* allocate(size_t floats) {
+  void* memory = NULL;
+  return posix_memalign(&memory, 64, floats * sizeof(float) + 64) ? NULL : (float*)memory;
+}
+
+// Samples of a row of outputs; each array has out_width * points entries.
+struct Row {
+  float *offset, *mask;           // offset: (x, y) pairs
+  float *right, *down, *inside;
+  int32_t* cell;                  // of the padded image, in pixels
+  float *grad_weight, *grad_x, *grad_y;
+};
+
+// ---- one group of one image as float32 with a border ----
+
+void copy_in(const Dcnv3Problem& q, const void* value, int64_t n, int64_t g, float* image) {
+  const int64_t padded = vectors(q.depth) * LANES, stride = (q.width + 2) * padded;
+  const int64_t channels = q.groups * q.depth;
+  memset(image, 0, stride * sizeof(float));
+  memset(image + (q.height + 1) * stride, 0, stride * sizeof(float));
+  for (int64_t y = 0; y < q.height; ++y) {
+    float* line = image + (y + 1) * stride;
+    memset(line, 0, padded * sizeof(float));
+    memset(line + (q.width + 1) * padded, 0, padded * sizeof(float));
+    for (int64_t x = 0; x < q.width; ++x) {
+      float* pixel = line + (x + 1) * padded;
+      const int64_t start = ((n * q.height + y) * q.width + x) * channels + g * q.depth;
+      load(pixel, value, q.value_dtype, start, q.depth);
+      for (int64_t d = q.depth; d < padded; ++d) pixel[d] = 0.0f;
+    }
+  }
+}
+
+void copy_out(const Dcnv3Problem& q, const float* image, int64_t n, int64_t g, void* value) {
+  const int64_t padded = vectors(q.depth) * LANES, stride = (q.width + 2) * padded;
+  const int64_t channels = q.groups * q.depth;
+  for (int64_t y = 0; y < q.height; ++y)
+    for (int64_t x = 0; x < q.width; ++x)
+      store(value, q.value_dtype, ((n * q.height + y) * q.width + x) * channels + g * q.depth,
+            image + (y + 1) * stride + (x + 1) * padded, q.depth);
+}
+
+// ---- the samples of a row ----
+
+void normalise(float* mask, int64_t rows, int64_t points) {
+  for (int64_t x = 0; x < rows; ++x) {
+    float* logits = mask + x * points;
+    float largest = logits[0];
+    for (int64_t p = 1; p < points; ++p) largest = logits[p] > largest ? logits[p] : largest;
+    for (int64_t p = 0; p < points; ++p) logits[p] -= largest;
+  }
+  for (int64_t k = 0; k < rows * points; ++k) {
+    const float e = exp_nonpositive(mask[k]);
+    mask[k] = mask[k] == mask[k] ? e : mask[k];
+  }
+  for (int64_t x = 0; x < rows; ++x) {
+    float* weights = mask + x * points;
+    float sum = 0.0f;
+    for (int64_t p = 0; p < points; ++p) sum += weights[p];
+    const float inverse = 1.0f / sum;
+    for (int64_t p = 0; p < points; ++p) weights[p] *= inverse;
+  }
+}
+
+void locate_row(const Dcnv3Problem& q, const void* offset, const void* mask, const float* tiled_grid,
+                int64_t n, int64_t y, int64_t g, const Row& row) {
+  const int64_t points = q.points, count = q.out_width * points;
+  for (int64_t x = 0; x < q.out_width; ++x) {
+    const int64_t at = (((n * q.out_height + y) * q.out_width + x) * q.groups + g) * points;
+    load(row.offset + x * points * 2, offset, q.offset_dtype, at * 2, points * 2);
+    load(row.mask + x * points, mask, q.mask_dtype, at, points);
+  }
+  if (q.softmax) normalise(row.mask, q.out_width, points);
+  const float line = (float)(y * q.stride_h + q.origin_h);
+  const int height = (int)q.height, width = (int)q.width;
+  const float scale = q.offset_scale;
+#pragma GCC ivdep
+  for (int64_t k = 0; k < count; ++k) {
+    const float sample_x = tiled_grid[2 * k] + scale * row.offset[2 * k];
+    const float sample_y = (line + tiled_grid[2 * k + 1]) + scale * row.offset[2 * k + 1];
+    const Cell cell = locate(sample_x, sample_y, height, width);
+    row.cell[k] = (cell.y0 + 1) * (width + 2) + cell.x0 + 1;
+    row.right[k] = cell.right;
+    row.down[k] = cell.down;
+    row.inside[k] = cell.inside;
+  }
+}
+
+// ---- channels ----
+
+template <int V>
+GW_INLINE void gather(const float* image, int64_t line_floats, int64_t padded, int64_t points,
+                      const Row& row, int64_t first, float* out) {
+  Vec sum[4][V];
+  for (int c = 0; c < 4; ++c)
+    for (int v = 0; v < V; ++v) sum[c][v] = Vec{};
+  for (int64_t k = first; k < first + points; ++k) {
+    const float right = row.right[k], down = row.down[k];
+    const float weight = row.inside[k] != 0.0f ? row.mask[k] : 0.0f;
+    const float lower = weight * down, upper = weight - lower;
+    const float w11 = lower * right, w10 = lower - w11, w01 = upper * right, w00 = upper - w01;
+    const float* top = image + (int64_t)row.cell[k] * padded;
+    const float* bottom = top + line_floats;
+    for (int v = 0; v < V; ++v) {
+      sum[0][v] += w00 * *(const Vec*)(top + v * LANES);
+      sum[1][v] += w01 * *(const Vec*)(top + padded + v * LANES);
+      sum[2][v] += w10 * *(const Vec*)(bottom + v * LANES);
+      sum[3][v] += w11 * *(const Vec*)(bottom + padded + v * LANES);
+    }
+  }
+  for (int v = 0; v < V; ++v)
+    *(Vec*)(out + v * LANES) = (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
+}
+
+GW_INLINE float total(Vec x) {
+  float lanes[LANES];
+  memcpy(lanes, &x, sizeof(x));
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// Adds the gradients of V vectors of channels; the products of gradient and corners are summed.
+template <int V>
+GW_INLINE void scatter(const float* image, float* grad_image, int64_t line_floats, int64_t padded,
+                       int64_t points, const Row& row, int64_t first, const float* grad_out) {
+  Vec grad[V];
+  for (int v = 0; v < V; ++v) grad[v] = *(const Vec*)(grad_out + v * LANES);
+  for (int64_t k = first; k < first + points; ++k) {
+    if (row.inside[k] == 0.0f) continue;
+    const float right = row.right[k], down = row.down[k], left = 1.0f - right, up = 1.0f - down;
+    const float lower = row.mask[k] * down, upper = row.mask[k] * up;
+    const float w00 = upper * left, w01 = upper * right, w10 = lower * left, w11 = lower * right;
+    const int64_t at = (int64_t)row.cell[k] * padded;
+    const float *top = image + at, *bottom = top + line_floats;
+    float *grad_top = grad_image + at, *grad_bottom = grad_top + line_floats;
+    Vec along_weight = Vec{}, along_x = Vec{}, along_y = Vec{};
+    for (int v = 0; v < V; ++v) {
+      const int64_t c = v * LANES;
+      const Vec v00 = *(const Vec*)(top + c), v01 = *(const Vec*)(top + padded + c);
+      const Vec v10 = *(const Vec*)(bottom + c), v11 = *(const Vec*)(bottom + padded + c);
+      const Vec first_column = v00 + down * (v10 - v00), second_column = v01 + down * (v11 - v01);
+      const Vec slope_x = second_column - first_column;
+      const Vec slope_y = left * (v10 - v00) + right * (v11 - v01);
+      along_weight += grad[v] * (first_column + right * slope_x);
+      along_x += grad[v] * slope_x;
+      along_y += grad[v] * slope_y;
+      *(Vec*)(grad_top + c) += w00 * grad[v];
+      *(Vec*)(grad_top + padded + c) += w01 * grad[v];
+      *(Vec*)(grad_bottom + c) += w10 * grad[v];
+      *(Vec*)(grad_bottom + padded + c) += w11 * grad[v];
+    }
+    row.grad_weight[k] += total(along_weight);
+    row.grad_x[k] += total(along_x);
+    row.grad_y[k] += total(along_y);
+  }
+}
+
+// ---- tasks ----
+
+struct Buffers {
+  float *image, *grad_image, *pixel, *grid, *rows;
+  Row row;
+};
+
+bool prepare(const Dcnv3Problem& q, bool backward, Buffers& b) {
+  const size_t image = image_floats(q), padded = vectors(q.depth) * LANES;
+  const size_t count = (size_t)q.out_width * q.points;
+  const size_t pad = 16;
+  float* memory = allocate(image * (backward ? 2 : 1) + padded + 12 * (count + pad));
+  b.image = memory;
+  if (!memory) return false;
+  b.grad_image = memory + image;
+  b.pixel = memory + image * (backward ? 2 : 1);
+  float* next = b.pixel + padded;
+  const auto take = [&](size_t n) { float* t = next; next += n + pad; return t; };
+  b.grid = take(2 * count);
+  b.row.offset = take(2 * count);
+  b.row.mask = take(count);
+  b.row.right = take(count);
+  b.row.down = take(count);
+  b.row.inside = take(count);
+  b.row.cell = (int32_t*)take(count);
+  b.row.grad_weight = take(count);
+  b.row.grad_x = take(count);
+  b.row.grad_y = take(count);
+  for (int64_t x = 0; x < q.out_width; ++x)
+    for (int64_t p = 0; p < q.points; ++p) {
+      float* pair = b.grid + 2 * (x * q.points + p);
+      pair[0] = (float)(x * q.stride_w + q.origin_w) + q.grid_xy[2 * p];
+      pair[1] = q.grid_xy[2 * p + 1];
+    }
+  return true;
+}
+
+void forward_rows(const Dcnv3Problem& q, const void* offset, const void* mask, void* output,
+                  int64_t n, int64_t g, int64_t y_begin, int64_t y_end, const Buffers& b) {
+  const int64_t count = vectors(q.depth), padded = count * LANES, line = (q.width + 2) * padded;
+  for (int64_t y = y_begin; y < y_end; ++y) {
+    locate_row(q, offset, mask, b.grid, n, y, g, b.row);
+    for (int64_t x = 0; x < q.out_width; ++x) {
+      const int64_t first = x * q.points;
+      int64_t v = 0;
+      for (; v + 2 <= count; v += 2)
+        gather<2>(b.image + v * LANES, line, padded, q.points, b.row, first, b.pixel + v * LANES);
+      if (v < count)
+        gather<1>(b.image + v * LANES, line, padded, q.points, b.row, first, b.pixel + v * LANES);
+      const int64_t pixel = (n * q.out_height + y) * q.out_width + x;
+      store(output, q.value_dtype, (pixel * q.groups + g) * q.depth, b.pixel, q.depth);
+    }
+  }
+}
+
+void backward_task(const Dcnv3Problem& q, const void* grad_output, const void* value,
+                   const void* offset, const void* mask, void* grad_value, void* grad_offset,
+                   void* grad_mask, int64_t n, int64_t g, const Buffers& b) {
+  const int64_t count = vectors(q.depth), padded = count * LANES, line = (q.width + 2) * padded;
+  const int64_t points = q.points, samples = q.out_width * points;
+  copy_in(q, value, n, g, b.image);
+  memset(b.grad_image, 0, image_floats(q) * sizeof(float));
+  for (int64_t d = q.depth; d < padded; ++d) b.pixel[d] = 0.0f;
+  for (int64_t y = 0; y < q.out_height; ++y) {
+    locate_row(q, offset, mask, b.grid, n, y, g, b.row);
+    memset(b.row.grad_weight, 0, samples * sizeof(float));
+    memset(b.row.grad_x, 0, samples * sizeof(float));
+    memset(b.row.grad_y, 0, samples * sizeof(float));
+    const int64_t first_pixel = (n * q.out_height + y) * q.out_width;
+    for (int64_t x = 0; x < q.out_width; ++x) {
+      load(b.pixel, grad_output, q.value_dtype, ((first_pixel + x) * q.groups + g) * q.depth,
+           q.depth);
+      int64_t v = 0;
+      for (; v + 2 <= count; v += 2)
+        scatter<2>(b.image + v * LANES, b.grad_image + v * LANES, line, padded, points, b.row,
+                   x * points, b.pixel + v * LANES);
+      if (v < count)
+        scatter<1>(b.image + v * LANES, b.grad_image + v * LANES, line, padded, points, b.row,
+                   x * points, b.pixel + v * LANES);
+    }
+    float* grad_xy = b.row.offset;  // not needed any more in this row
+    for (int64_t k = 0; k < samples; ++k) {
+      const float factor = q.offset_scale * b.row.mask[k];
+      const bool counts = b.row.inside[k] != 0.0f;
+      grad_xy[2 * k] = counts ? factor * b.row.grad_x[k] : 0.0f;
+      grad_xy[2 * k + 1] = counts ? factor * b.row.grad_y[k] : 0.0f;
+    }
+    if (q.softmax)
+      for (int64_t x = 0; x < q.out_width; ++x) {
+        const float* weights = b.row.mask + x * points;
+        float* grads = b.row.grad_weight + x * points;
+        float mean = 0.0f;
+        for (int64_t p = 0; p < points; ++p) mean += weights[p] * grads[p];
+        for (int64_t p = 0; p < points; ++p) grads[p] = weights[p] * (grads[p] - mean);
+      }
+    for (int64_t x = 0; x < q.out_width; ++x) {
+      const int64_t at = ((first_pixel + x) * q.groups + g) * points;
+      store(grad_offset, q.offset_dtype, at * 2, grad_xy + x * points * 2, points * 2);
+      store(grad_mask, q.mask_dtype, at, b.row.grad_weight + x * points, points);
+    }
+  }
+  copy_out(q, b.grad_image, n, g, grad_value);
+}
+
+}  // namespace
+
+// Both return 0, or 1 when memory ran out (the outputs are then incomplete).
+
+extern "C" int32_t dcnv3_forward(const Dcnv3Problem* problem, const void* value, const void* offset,
+                                 const void* mask, void* output) {
+  const Dcnv3Problem& q = *problem;
+  const int64_t groups = q.batch * q.groups;
+  // Few groups and many threads: the rows of a group are divided, and its image copied by each part.
+  const int64_t wanted = (q.threads + groups - 1) / groups;
+  const int64_t parts = wanted < q.out_height ? wanted : q.out_height;
+  int32_t failed = 0;
+#pragma omp parallel num_threads(q.threads) reduction(| : failed)
+  {
+    Buffers b;
+    const bool ready = prepare(q, false, b);
+    failed |= !ready;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < groups * parts; ++task) {
+      if (!ready) continue;
+      const int64_t group = task / parts, part = task % parts;
+      const int64_t n = group / q.groups, g = group % q.groups;
+      copy_in(q, value, n, g, b.image);
+      forward_rows(q, offset, mask, output, n, g, part * q.out_height / parts,
+                   (part + 1) * q.out_height / parts, b);
+    }
+    free(b.image);
+  }
+  return failed;
+}
+
+extern "C" int32_t dcnv3_backward(const Dcnv3Problem* problem, const void* grad_output,
+                                  const void* value, const void* offset, const void* mask,
+                                  void* grad_value, void* grad_offset, void* grad_mask) {
+  const Dcnv3Problem& q = *problem;
+  int32_t failed = 0;
+#pragma omp parallel num_threads(q.threads) reduction(| : failed)
+  {
+    Buffers b;
+    const bool ready = prepare(q, true, b);
+    failed |= !ready;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < q.batch * q.groups; ++task)
+      if (ready)
+        backward_task(q, grad_output, value, offset, mask, grad_value, grad_offset, grad_mask,
+                      task / q.groups, task % q.groups, b);
+    free(b.image);
+  }
+  return failed;
+}
+
+// The size of the problem's structure, so that a mismatch with its Python twin is found at loading.
+extern "C" int64_t dcnv3_problem_bytes(void) { return (int64_t)sizeof(Dcnv3Problem); }
