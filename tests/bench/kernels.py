@@ -210,9 +210,8 @@ def main() -> None:
     records = [measure(shape, arguments.batch, seconds) for shape in SHAPES]
     backend = choose_backend("auto", *inputs_of(SHAPES[0], 1))
     console = Console(width=150)
-    console.print(
-        f"backend {backend}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    threads = torch.get_num_threads()
+    console.print(f"backend {backend}, {threads} threads, torch {torch.__version__}")
     means = show(records, console)
     if arguments.out:
         result = {
