@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from groundwork.launch.evaluation import app as evaluation_app
+from groundwork.launch.kernels import app as kernels_app
+from groundwork.launch.kernels import doctor
 from groundwork.launch.knowledge import app as knowledge_app
 from groundwork.launch.recipes import app as recipe_app
 from groundwork.launch.shards import app as shards_app
@@ -22,6 +24,8 @@ app.add_typer(shards_app, name="shards")
 app.add_typer(knowledge_app, name="knowledge")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(evaluation_app, name="evaluate")
+app.add_typer(kernels_app, name="kernels")
+app.command()(doctor)
 
 
 @app.command(context_settings={"ignore_unknown_options": False})

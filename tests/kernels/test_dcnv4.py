@@ -1,0 +1,42 @@
+"""DCNv4's packed layout, against DCNv3 with its offsets and weights apart."""
+
+import pytest
+import torch
+
+from groundwork.kernels.dcnv3 import dcnv3
+from groundwork.kernels.dcnv4 import dcnv4, packed_channels
+
+
+@pytest.mark.parametrize(("groups", "points", "expected"), [(4, 9, 112), (1, 1, 8), (8, 9, 216)])
+def test_packed_channels_are_those_of_the_official_layer(
+    groups: int, points: int, expected: int
+) -> None:
+    assert packed_channels(groups, points) == expected
+
+
+@pytest.mark.parametrize("remove_center", [False, True])
+def test_a_packed_tensor_is_read_group_by_group(remove_center: bool) -> None:
+    torch.manual_seed(0)
+    groups, points = 3, 9 - remove_center
+    value = torch.randn(2, 5, 6, 12, requires_grad=True)
+    packed = torch.randn(2, 5, 6, packed_channels(groups, points), requires_grad=True)
+    arguments = {"kernel_size": 3, "groups": groups, "offset_scale": 0.5}
+    output = dcnv4(value, packed, remove_center=remove_center, **arguments)
+
+    blocks = packed[..., : 3 * groups * points].reshape(2, 5, 6, groups, 3 * points)
+    offset = torch.cat([blocks[..., g, : 2 * points] for g in range(groups)], -1)
+    mask = torch.cat([blocks[..., g, 2 * points :] for g in range(groups)], -1)
+    expected = dcnv3(value, offset, mask, remove_center=remove_center, **arguments)
+    torch.testing.assert_close(output, expected)
+    grad = torch.randn_like(output)
+    ours = torch.autograd.grad(output, (value, packed), grad)
+    theirs = torch.autograd.grad(expected, (value, packed), grad)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert ours[1][..., 3 * groups * points :].count_nonzero() == 0
+
+
+def test_too_few_channels_are_named() -> None:
+    value = torch.randn(1, 4, 4, 8)
+    with pytest.raises(ValueError, match=r"K at least 54 = 3·groups·P \(56 in the official"):
+        dcnv4(value, torch.randn(1, 4, 4, 53), kernel_size=3, groups=2)
