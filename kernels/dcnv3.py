@@ -16,8 +16,8 @@ is), whatever the storage dtype. A sample at no finite place contributes nothing
 Layouts: value (N, H, W, G·D); offset (N, Ho, Wo, G·P·2), (x, y) innermost; mask (N, Ho, Wo, G·P);
 output (N, Ho, Wo, G·D). The op owns no parameter, and does not normalise the mask unless asked to.
 
-`dcnv3_reference` is the definition of correct; `dcnv3` is the op to call. Its backends: `cpu`, C++
-compiled at first use, for float32 and bfloat16; `reference`, for everything else.
+`dcnv3_reference` is the definition of correct; `dcnv3` is the op to call. Its backends: `cuda`
+and `cpu`, compiled at first use; `reference`, for everything else.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from groundwork.kernels import dcnv3_cpu, dcnv3_reference
+from groundwork.kernels import dcnv3_cpu, dcnv3_cuda, dcnv3_reference
 from groundwork.kernels.dcnv3_geometry import Geometry, Size2d, check_tensors, make_geometry
 
 
@@ -47,6 +47,7 @@ class Backend(NamedTuple):
 
 #: In order of preference.
 BACKENDS: Final[Mapping[str, Backend]] = {
+    "cuda": Backend(dcnv3_cuda.forward, dcnv3_cuda.backward, dcnv3_cuda.unsupported),
     "cpu": Backend(dcnv3_cpu.forward, dcnv3_cpu.backward, dcnv3_cpu.unsupported),
     "reference": Backend(
         dcnv3_reference.reference_forward,

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from groundwork.kernels import dcnv3_cpu
+from groundwork.kernels import dcnv3_cpu, dcnv3_cuda
+from groundwork.kernels.cuda_compiler import CudaCompileError, cached_cubin
 from groundwork.kernels.host_compiler import (
     HostCompileError,
     build_host_library,
+    cache_folder,
     find_compiler,
     instruction_set,
 )
@@ -25,13 +27,11 @@ class KernelStatus:
 
 def kernel_statuses() -> list[KernelStatus]:
     """Every op on every kind of device here; kernels that are missing are compiled."""
-    statuses = [_dcnv3_on_cpu()]
-    statuses.append(
-        KernelStatus(
-            "modulated_deform_conv2d", "cpu", "torchvision", "delegates to torchvision everywhere"
-        )
-    )
-    return statuses
+    return [
+        _dcnv3_on_cpu(),
+        *map(_dcnv3_on_cuda, range(torch.cuda.device_count())),
+        KernelStatus("modulated_deform_conv2d", "all", "torchvision", "delegates to torchvision"),
+    ]
 
 
 def _dcnv3_on_cpu() -> KernelStatus:
@@ -49,3 +49,22 @@ def _dcnv3_on_cpu() -> KernelStatus:
         f"{instruction_set()}, {torch.get_num_threads()} threads "
         f"({library.openmp or 'OpenMP of the compiler'}); {compiler}; {built}: {library.path}",
     )
+
+
+def _dcnv3_on_cuda(device: int) -> KernelStatus:
+    name = torch.cuda.get_device_name(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    reason = dcnv3_cuda.unavailable(device)
+    if reason is None:
+        # the most usual one: bfloat16, 16 channels per group, 3x3, logits
+        problem = dcnv3_cuda.Problem(units=1, groups=1, depth=16)
+        cut = dcnv3_cuda.plan(problem, 9, (torch.bfloat16,) * 3, softmax=True, fixed=False)
+        try:
+            cubin = cached_cubin(dcnv3_cuda.SOURCE, cut.settings, f"sm_{major}{minor}")
+        except (CudaCompileError, HostCompileError) as error:
+            reason = str(error)
+        else:
+            built = f"built in {cubin.seconds:.1f} s" if cubin.seconds else "built before"
+            detail = f"{name}, sm_{major}{minor}; NVRTC, {built}, in {cache_folder()}"
+            return KernelStatus("dcnv3, dcnv4", f"cuda:{device}", "cuda", detail)
+    return KernelStatus("dcnv3, dcnv4", f"cuda:{device}", "reference", f"{name}: {reason}")

@@ -423,7 +423,7 @@ def test_a_second_derivative_is_refused_by_the_op_and_right_in_the_reference() -
         (
             {"backend": "cudnn"},
             ValueError,
-            "'cudnn' is unknown; choose one of auto, cpu",
+            "'cudnn' is unknown; choose one of auto, cuda, cpu",
         ),
         ({"groups": 4}, ValueError, "6 channels, groups is 4; choose groups that divide"),
         ({"groups": 0}, ValueError, "groups is 0"),
