@@ -14,6 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <initializer_list>
+
 #define GW_INLINE static inline __attribute__((always_inline))
 #define GW_FLOOR(x) __builtin_floorf(x)
 #include "deform_math.h"
@@ -27,6 +29,7 @@
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Lanes __attribute__((vector_size(4 * LANES)));
 
 enum DType { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -60,9 +63,16 @@ GW_INLINE uint16_t to_bf16(float x) {  // to nearest, ties to even; NaN stays Na
   return (uint16_t)(x != x ? 0x7fc0 : rounded);
 }
 
+// Short copies of a length known only at run time: a call of memcpy costs more than they do.
+GW_INLINE void copy(float* to, const float* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) *(Vec*)(to + i) = *(const Vec*)(from + i);
+  for (; i < count; ++i) to[i] = from[i];
+}
+
 GW_INLINE void load(float* out, const void* base, int dtype, int64_t start, int64_t count) {
   if (dtype == FLOAT32) {
-    memcpy(out, (const float*)base + start, count * sizeof(float));
+    copy(out, (const float*)base + start, count);
   } else {
     const uint16_t* in = (const uint16_t*)base + start;
     for (int64_t i = 0; i < count; ++i) out[i] = from_bf16(in[i]);
@@ -71,7 +81,7 @@ GW_INLINE void load(float* out, const void* base, int dtype, int64_t start, int6
 
 GW_INLINE void store(void* base, int dtype, int64_t start, const float* in, int64_t count) {
   if (dtype == FLOAT32) {
-    memcpy((float*)base + start, in, count * sizeof(float));
+    copy((float*)base + start, in, count);
   } else {
     uint16_t* out = (uint16_t*)base + start;
     for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(in[i]);
@@ -101,11 +111,6 @@ GW_INLINE float exp_nonpositive(float x) {
 
 // ---- scratch of one thread ----
 
-struct Scratch {
-  float* memory;
-  size_t bytes;
-};
-
 GW_INLINE int64_t vectors(int64_t depth) { return (depth + LANES - 1) / LANES; }
 
 GW_INLINE size_t image_floats(const Dcnv3Problem& q) {
@@ -119,9 +124,10 @@ float* allocate(size_t floats) {
 
 // Samples of a row of outputs; each array has out_width * points entries.
 struct Row {
-  float *offset, *mask;           // offset: (x, y) pairs
+  float *offset, *mask;                 // offset: (x, y) pairs
   float *right, *down, *inside;
-  int32_t* cell;                  // of the padded image, in pixels
+  float *w00, *w01, *w10, *w11;         // of the corners: bilinear, times the mask
+  int32_t* cell;                        // of the padded image, in pixels
   float *grad_weight, *grad_x, *grad_y;
 };
 
@@ -176,9 +182,11 @@ void normalise(float* mask, int64_t rows, int64_t points) {
   }
 }
 
+// POINTS: the number of kernel points, or 0 where it is known at run time only.
+template <int POINTS>
 void locate_row(const Dcnv3Problem& q, const void* offset, const void* mask, const float* tiled_grid,
                 int64_t n, int64_t y, int64_t g, const Row& row) {
-  const int64_t points = q.points, count = q.out_width * points;
+  const int64_t points = POINTS ? POINTS : q.points, count = q.out_width * points;
   for (int64_t x = 0; x < q.out_width; ++x) {
     const int64_t at = (((n * q.out_height + y) * q.out_width + x) * q.groups + g) * points;
     load(row.offset + x * points * 2, offset, q.offset_dtype, at * 2, points * 2);
@@ -197,54 +205,52 @@ void locate_row(const Dcnv3Problem& q, const void* offset, const void* mask, con
     row.right[k] = cell.right;
     row.down[k] = cell.down;
     row.inside[k] = cell.inside;
+    const float weight = cell.inside != 0.0f ? row.mask[k] : 0.0f;
+    const float lower = weight * cell.down, upper = weight - lower;
+    const float w11 = lower * cell.right, w01 = upper * cell.right;
+    row.w00[k] = upper - w01;
+    row.w01[k] = w01;
+    row.w10[k] = lower - w11;
+    row.w11[k] = w11;
   }
 }
 
 // ---- channels ----
 
-template <int V>
+template <int V, int POINTS>
 GW_INLINE void gather(const float* image, int64_t line_floats, int64_t padded, int64_t points,
                       const Row& row, int64_t first, float* out) {
+  // V is at most 2, so that 4 * V sums stay in registers: one chain of additions per corner.
   Vec sum[4][V];
   for (int c = 0; c < 4; ++c)
     for (int v = 0; v < V; ++v) sum[c][v] = Vec{};
-  for (int64_t k = first; k < first + points; ++k) {
-    const float right = row.right[k], down = row.down[k];
-    const float weight = row.inside[k] != 0.0f ? row.mask[k] : 0.0f;
-    const float lower = weight * down, upper = weight - lower;
-    const float w11 = lower * right, w10 = lower - w11, w01 = upper * right, w00 = upper - w01;
+  const int64_t end = first + (POINTS ? POINTS : points);
+  for (int64_t k = first; k < end; ++k) {
     const float* top = image + (int64_t)row.cell[k] * padded;
     const float* bottom = top + line_floats;
     for (int v = 0; v < V; ++v) {
-      sum[0][v] += w00 * *(const Vec*)(top + v * LANES);
-      sum[1][v] += w01 * *(const Vec*)(top + padded + v * LANES);
-      sum[2][v] += w10 * *(const Vec*)(bottom + v * LANES);
-      sum[3][v] += w11 * *(const Vec*)(bottom + padded + v * LANES);
+      sum[0][v] += row.w00[k] * *(const Vec*)(top + v * LANES);
+      sum[1][v] += row.w01[k] * *(const Vec*)(top + padded + v * LANES);
+      sum[2][v] += row.w10[k] * *(const Vec*)(bottom + v * LANES);
+      sum[3][v] += row.w11[k] * *(const Vec*)(bottom + padded + v * LANES);
     }
   }
   for (int v = 0; v < V; ++v)
     *(Vec*)(out + v * LANES) = (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
 }
 
-GW_INLINE float total(Vec x) {
-  float lanes[LANES];
-  memcpy(lanes, &x, sizeof(x));
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
-// Adds the gradients of V vectors of channels; the products of gradient and corners are summed.
-template <int V>
+// Adds V vectors of channels to the gradient of the image. What each sample's weight, x and y gain
+// is left in `partial`, a vector per sample and kind, still to be summed over its lanes.
+template <int V, int POINTS>
 GW_INLINE void scatter(const float* image, float* grad_image, int64_t line_floats, int64_t padded,
-                       int64_t points, const Row& row, int64_t first, const float* grad_out) {
+                       int64_t points, const Row& row, int64_t first, const float* grad_out,
+                       bool is_first_chunk, float* partial) {
   Vec grad[V];
   for (int v = 0; v < V; ++v) grad[v] = *(const Vec*)(grad_out + v * LANES);
-  for (int64_t k = first; k < first + points; ++k) {
-    if (row.inside[k] == 0.0f) continue;
-    const float right = row.right[k], down = row.down[k], left = 1.0f - right, up = 1.0f - down;
-    const float lower = row.mask[k] * down, upper = row.mask[k] * up;
-    const float w00 = upper * left, w01 = upper * right, w10 = lower * left, w11 = lower * right;
+  const int64_t number = POINTS ? POINTS : points;
+  for (int64_t p = 0; p < number; ++p) {
+    const int64_t k = first + p;
+    const float right = row.right[k], down = row.down[k], left = 1.0f - right;
     const int64_t at = (int64_t)row.cell[k] * padded;
     const float *top = image + at, *bottom = top + line_floats;
     float *grad_top = grad_image + at, *grad_bottom = grad_top + line_floats;
@@ -253,51 +259,97 @@ GW_INLINE void scatter(const float* image, float* grad_image, int64_t line_float
       const int64_t c = v * LANES;
       const Vec v00 = *(const Vec*)(top + c), v01 = *(const Vec*)(top + padded + c);
       const Vec v10 = *(const Vec*)(bottom + c), v11 = *(const Vec*)(bottom + padded + c);
-      const Vec first_column = v00 + down * (v10 - v00), second_column = v01 + down * (v11 - v01);
+      const Vec fall_left = v10 - v00, fall_right = v11 - v01;
+      const Vec first_column = v00 + down * fall_left, second_column = v01 + down * fall_right;
       const Vec slope_x = second_column - first_column;
-      const Vec slope_y = left * (v10 - v00) + right * (v11 - v01);
       along_weight += grad[v] * (first_column + right * slope_x);
       along_x += grad[v] * slope_x;
-      along_y += grad[v] * slope_y;
-      *(Vec*)(grad_top + c) += w00 * grad[v];
-      *(Vec*)(grad_top + padded + c) += w01 * grad[v];
-      *(Vec*)(grad_bottom + c) += w10 * grad[v];
-      *(Vec*)(grad_bottom + padded + c) += w11 * grad[v];
+      along_y += grad[v] * (left * fall_left + right * fall_right);
+      *(Vec*)(grad_top + c) += row.w00[k] * grad[v];
+      *(Vec*)(grad_top + padded + c) += row.w01[k] * grad[v];
+      *(Vec*)(grad_bottom + c) += row.w10[k] * grad[v];
+      *(Vec*)(grad_bottom + padded + c) += row.w11[k] * grad[v];
     }
-    row.grad_weight[k] += total(along_weight);
-    row.grad_x[k] += total(along_x);
-    row.grad_y[k] += total(along_y);
+    Vec* out = (Vec*)(partial + 3 * p * LANES);
+    if (!is_first_chunk) {
+      along_weight += out[0];
+      along_x += out[1];
+      along_y += out[2];
+    }
+    out[0] = along_weight;
+    out[1] = along_x;
+    out[2] = along_y;
   }
+}
+
+// a and b, each in blocks of 2 * HALF lanes, added half to half: the even blocks' halves of the
+// result come from a, the odd ones' from b.
+template <int HALF>
+GW_INLINE Vec fold(Vec a, Vec b) {
+  Lanes low, high;
+  for (int l = 0; l < LANES; ++l) {
+    low[l] = l & HALF ? LANES + l - HALF : l;
+    high[l] = l & HALF ? LANES + l : l + HALF;
+  }
+#if defined(__clang__)
+  Vec first, second;
+  for (int l = 0; l < LANES; ++l) {
+    first[l] = l & HALF ? b[l - HALF] : a[l];
+    second[l] = l & HALF ? b[l] : a[l + HALF];
+  }
+  return first + second;
+#else
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+#endif
+}
+
+template <int HALF>
+GW_INLINE void fold_all(Vec* rows) {
+  for (int i = 0; i < HALF; ++i) rows[i] = fold<HALF>(rows[i], rows[i + HALF]);
+  if constexpr (HALF > 1) fold_all<HALF / 2>(rows);
+}
+
+// The sum over its lanes of each of LANES vectors, as one vector.
+GW_INLINE Vec lane_sums(const float* vectors) {
+  Vec rows[LANES];
+  for (int i = 0; i < LANES; ++i) rows[i] = *(const Vec*)(vectors + i * LANES);
+  fold_all<LANES / 2>(rows);
+  return rows[0];
 }
 
 // ---- tasks ----
 
 struct Buffers {
-  float *image, *grad_image, *pixel, *grid, *rows;
+  float *image, *grad_image, *pixel, *grid, *partial, *sums;
   Row row;
 };
 
+GW_INLINE int64_t padded_sums(const Dcnv3Problem& q) {
+  return (3 * q.points + LANES - 1) / LANES * LANES;
+}
+
 bool prepare(const Dcnv3Problem& q, bool backward, Buffers& b) {
-  const size_t image = image_floats(q), padded = vectors(q.depth) * LANES;
-  const size_t count = (size_t)q.out_width * q.points;
-  const size_t pad = 16;
-  float* memory = allocate(image * (backward ? 2 : 1) + padded + 12 * (count + pad));
+  const size_t image = image_floats(q), padded = vectors(q.depth) * LANES, pad = 16;
+  const size_t count = (size_t)q.out_width * q.points, sums = padded_sums(q);
+  const size_t total =
+      image * (backward ? 2 : 1) + padded + sums * (LANES + 1) + 16 * (count + pad) + 3 * pad;
+  float* memory = allocate(total);
   b.image = memory;
   if (!memory) return false;
-  b.grad_image = memory + image;
-  b.pixel = memory + image * (backward ? 2 : 1);
-  float* next = b.pixel + padded;
-  const auto take = [&](size_t n) { float* t = next; next += n + pad; return t; };
-  b.grid = take(2 * count);
-  b.row.offset = take(2 * count);
-  b.row.mask = take(count);
-  b.row.right = take(count);
-  b.row.down = take(count);
-  b.row.inside = take(count);
-  b.row.cell = (int32_t*)take(count);
-  b.row.grad_weight = take(count);
-  b.row.grad_x = take(count);
-  b.row.grad_y = take(count);
+  float* next = memory;
+  const auto take = [&](size_t n) { float* taken = next; next += n; return taken; };
+  take(image);
+  b.grad_image = backward ? take(image) : NULL;
+  b.pixel = take(padded);
+  b.partial = take(sums * LANES);
+  b.sums = take(sums);
+  memset(b.partial, 0, sums * LANES * sizeof(float));
+  b.grid = take(2 * count + pad);
+  b.row.offset = take(2 * count + pad);
+  b.row.cell = (int32_t*)take(count + pad);
+  for (float** array : {&b.row.mask, &b.row.right, &b.row.down, &b.row.inside, &b.row.w00, &b.row.w01,
+                        &b.row.w10, &b.row.w11, &b.row.grad_weight, &b.row.grad_x, &b.row.grad_y})
+    *array = take(count + pad);
   for (int64_t x = 0; x < q.out_width; ++x)
     for (int64_t p = 0; p < q.points; ++p) {
       float* pair = b.grid + 2 * (x * q.points + p);
@@ -307,48 +359,58 @@ bool prepare(const Dcnv3Problem& q, bool backward, Buffers& b) {
   return true;
 }
 
+template <int POINTS>
 void forward_rows(const Dcnv3Problem& q, const void* offset, const void* mask, void* output,
                   int64_t n, int64_t g, int64_t y_begin, int64_t y_end, const Buffers& b) {
   const int64_t count = vectors(q.depth), padded = count * LANES, line = (q.width + 2) * padded;
+  const bool direct = q.value_dtype == FLOAT32 && padded == q.depth;
   for (int64_t y = y_begin; y < y_end; ++y) {
-    locate_row(q, offset, mask, b.grid, n, y, g, b.row);
+    locate_row<POINTS>(q, offset, mask, b.grid, n, y, g, b.row);
     for (int64_t x = 0; x < q.out_width; ++x) {
       const int64_t first = x * q.points;
+      const int64_t at = (((n * q.out_height + y) * q.out_width + x) * q.groups + g) * q.depth;
+      float* out = direct ? (float*)output + at : b.pixel;
       int64_t v = 0;
       for (; v + 2 <= count; v += 2)
-        gather<2>(b.image + v * LANES, line, padded, q.points, b.row, first, b.pixel + v * LANES);
+        gather<2, POINTS>(b.image + v * LANES, line, padded, q.points, b.row, first, out + v * LANES);
       if (v < count)
-        gather<1>(b.image + v * LANES, line, padded, q.points, b.row, first, b.pixel + v * LANES);
-      const int64_t pixel = (n * q.out_height + y) * q.out_width + x;
-      store(output, q.value_dtype, (pixel * q.groups + g) * q.depth, b.pixel, q.depth);
+        gather<1, POINTS>(b.image + v * LANES, line, padded, q.points, b.row, first, out + v * LANES);
+      if (!direct) store(output, q.value_dtype, at, b.pixel, q.depth);
     }
   }
 }
 
+template <int POINTS>
 void backward_task(const Dcnv3Problem& q, const void* grad_output, const void* value,
                    const void* offset, const void* mask, void* grad_value, void* grad_offset,
                    void* grad_mask, int64_t n, int64_t g, const Buffers& b) {
   const int64_t count = vectors(q.depth), padded = count * LANES, line = (q.width + 2) * padded;
-  const int64_t points = q.points, samples = q.out_width * points;
+  const int64_t points = POINTS ? POINTS : q.points, samples = q.out_width * points;
+  const bool direct = q.value_dtype == FLOAT32 && padded == q.depth;
   copy_in(q, value, n, g, b.image);
   memset(b.grad_image, 0, image_floats(q) * sizeof(float));
   for (int64_t d = q.depth; d < padded; ++d) b.pixel[d] = 0.0f;
   for (int64_t y = 0; y < q.out_height; ++y) {
-    locate_row(q, offset, mask, b.grid, n, y, g, b.row);
-    memset(b.row.grad_weight, 0, samples * sizeof(float));
-    memset(b.row.grad_x, 0, samples * sizeof(float));
-    memset(b.row.grad_y, 0, samples * sizeof(float));
+    locate_row<POINTS>(q, offset, mask, b.grid, n, y, g, b.row);
     const int64_t first_pixel = (n * q.out_height + y) * q.out_width;
     for (int64_t x = 0; x < q.out_width; ++x) {
-      load(b.pixel, grad_output, q.value_dtype, ((first_pixel + x) * q.groups + g) * q.depth,
-           q.depth);
+      const int64_t at = ((first_pixel + x) * q.groups + g) * q.depth, first = x * points;
+      const float* grad = direct ? (const float*)grad_output + at : b.pixel;
+      if (!direct) load(b.pixel, grad_output, q.value_dtype, at, q.depth);
       int64_t v = 0;
       for (; v + 2 <= count; v += 2)
-        scatter<2>(b.image + v * LANES, b.grad_image + v * LANES, line, padded, points, b.row,
-                   x * points, b.pixel + v * LANES);
+        scatter<2, POINTS>(b.image + v * LANES, b.grad_image + v * LANES, line, padded, points,
+                           b.row, first, grad + v * LANES, v == 0, b.partial);
       if (v < count)
-        scatter<1>(b.image + v * LANES, b.grad_image + v * LANES, line, padded, points, b.row,
-                   x * points, b.pixel + v * LANES);
+        scatter<1, POINTS>(b.image + v * LANES, b.grad_image + v * LANES, line, padded, points,
+                           b.row, first, grad + v * LANES, v == 0, b.partial);
+      for (int64_t i = 0; i < padded_sums(q); i += LANES)
+        *(Vec*)(b.sums + i) = lane_sums(b.partial + i * LANES);
+      for (int64_t p = 0; p < points; ++p) {
+        b.row.grad_weight[first + p] = b.sums[3 * p];
+        b.row.grad_x[first + p] = b.sums[3 * p + 1];
+        b.row.grad_y[first + p] = b.sums[3 * p + 2];
+      }
     }
     float* grad_xy = b.row.offset;  // not needed any more in this row
     for (int64_t k = 0; k < samples; ++k) {
@@ -356,6 +418,7 @@ void backward_task(const Dcnv3Problem& q, const void* grad_output, const void* v
       const bool counts = b.row.inside[k] != 0.0f;
       grad_xy[2 * k] = counts ? factor * b.row.grad_x[k] : 0.0f;
       grad_xy[2 * k + 1] = counts ? factor * b.row.grad_y[k] : 0.0f;
+      b.row.grad_weight[k] = counts ? b.row.grad_weight[k] : 0.0f;
     }
     if (q.softmax)
       for (int64_t x = 0; x < q.out_width; ++x) {
@@ -397,8 +460,9 @@ extern "C" int32_t dcnv3_forward(const Dcnv3Problem* problem, const void* value,
       const int64_t group = task / parts, part = task % parts;
       const int64_t n = group / q.groups, g = group % q.groups;
       copy_in(q, value, n, g, b.image);
-      forward_rows(q, offset, mask, output, n, g, part * q.out_height / parts,
-                   (part + 1) * q.out_height / parts, b);
+      const auto rows = q.points == 9 ? forward_rows<9> : forward_rows<0>;
+      rows(q, offset, mask, output, n, g, part * q.out_height / parts,
+           (part + 1) * q.out_height / parts, b);
     }
     free(b.image);
   }
@@ -417,9 +481,11 @@ extern "C" int32_t dcnv3_backward(const Dcnv3Problem* problem, const void* grad_
     failed |= !ready;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < q.batch * q.groups; ++task)
-      if (ready)
-        backward_task(q, grad_output, value, offset, mask, grad_value, grad_offset, grad_mask,
-                      task / q.groups, task % q.groups, b);
+      if (ready) {
+        const auto run = q.points == 9 ? backward_task<9> : backward_task<0>;
+        run(q, grad_output, value, offset, mask, grad_value, grad_offset, grad_mask,
+            task / q.groups, task % q.groups, b);
+      }
     free(b.image);
   }
   return failed;
