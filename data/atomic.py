@@ -5,45 +5,52 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+#: Errors of a disk that say nothing of the file, where `write` met them.
+NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path`: to a temporary file beside it, synced, then renamed over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with _naming(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~umask())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name(error, path)
         raise
     sync_directory(path.parent)
 
 
 @contextmanager
-def directory_written_atomically(path: Path) -> Iterator[Path]:
+def directory_written_atomically(path: Path, *, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its name when the block ends without error.
 
-    A folder already at `path` is replaced, and kept until the new one is complete. Whatever an
-    earlier, killed writer left behind is removed or, where it was killed between the two renames of
-    a replacement, put back first. A symbolic link is followed: the folder it points to is replaced.
-    Raises NotADirectoryError where a file is in the way, BlockingIOError while another process
-    writes the same folder.
+    A folder already at `path` is replaced, and kept until the new one is complete: if it is empty,
+    or if `is_ours` says that it is an earlier result. Whatever an earlier, killed writer left
+    behind is removed or, where it was killed between the two renames of a replacement, put back
+    first. A symbolic link is followed: the folder it points to is replaced.
+    Raises NotADirectoryError where a file is in the way, FileExistsError where a folder of others
+    is, BlockingIOError while another process writes the same folder.
     """
     path = path.resolve()
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder is to be written", path)
+    _refuse_to_lose(path, is_ours)
     working = path.with_name(f".{path.name}.partial")
     replaced = path.with_name(f".{path.name}.replaced")
-    lock = _claim(working)
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _claim(working)
     try:
         if replaced.exists() and not path.exists():
             replaced.rename(path)
@@ -53,15 +60,50 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
         for entry in working.rglob("*"):
             sync_file(entry)
         sync_directory(working)
+        _refuse_to_lose(path, is_ours)  # writing may have taken hours
         shutil.rmtree(replaced, ignore_errors=True)
         _replace_directory(path, working, replaced)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(working, ignore_errors=True)
+        _name(error, path)
         raise
     finally:
         os.close(lock)
     sync_directory(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def umask() -> int:
+    """The permissions that new files of this process do without."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _refuse_to_lose(path: Path, is_ours: Callable[[Path], bool]) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise NotADirectoryError(
+            errno.ENOTDIR, "a file is where a folder is to be written", str(path)
+        )
+    if any(path.iterdir()) and not is_ours(path):
+        raise FileExistsError(errno.EEXIST, "holds something else, which would be lost", str(path))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error about a temporary file beside `path` names `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def _name(error: BaseException, path: Path) -> None:
+    if isinstance(error, OSError) and error.filename is None and error.errno in NAMELESS:
+        error.filename = str(path)
 
 
 def _replace_directory(path: Path, working: Path, replaced: Path) -> None:
@@ -81,7 +123,7 @@ def _claim(working: Path) -> int:
     The lock dies with the process, so what a killed writer left behind can be told from the folder
     of one at work, whose shards another writer would otherwise mix with its own.
     """
-    working.mkdir(parents=True, exist_ok=True)
+    working.mkdir(exist_ok=True)
     busy = BlockingIOError(errno.EWOULDBLOCK, "another process is writing this folder", working)
     try:
         handle = os.open(working, os.O_RDONLY)

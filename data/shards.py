@@ -116,6 +116,7 @@ def write_shards(
     """Write (split, sample) pairs as the data set folder `out`; all of it appears, or nothing.
 
     max_samples, max_bytes: a tar is closed when it reaches either; bytes are those of the members.
+    A data set that is there already is replaced, anything else is not.
     Raises ShardError for a key that a split holds twice, and when there is no sample at all.
     """
     if max_samples < 1 or max_bytes < 1:
@@ -124,7 +125,7 @@ def write_shards(
     concepts_json = _encode([asdict(concept) for concept in concepts])
     _encode(source)
     try:
-        with directory_written_atomically(out) as directory:
+        with directory_written_atomically(out, is_ours=is_data_set) as directory:
             shards = _write_splits(samples, directory, name, max_samples, max_bytes)
             if not shards:
                 raise ShardError(f"source {name!r} yielded no sample; nothing was written to {out}")
@@ -137,7 +138,7 @@ def write_shards(
                 **asdict(manifest),
             }
             (directory / MANIFEST).write_bytes(_encode(record))
-    except (NotADirectoryError, BlockingIOError) as error:
+    except (NotADirectoryError, FileExistsError, BlockingIOError) as error:
         raise ShardError(f"{out}: {error.strerror}; choose another folder") from error
     return manifest
 
@@ -183,6 +184,15 @@ def file_checksum(path: Path) -> int:
 
 def _encode(record: Any) -> bytes:
     return json.dumps(record, ensure_ascii=False, indent=1).encode("utf-8")
+
+
+def is_data_set(directory: Path) -> bool:
+    """Whether `write_shards` made this folder, be it damaged by now."""
+    try:
+        record = json.loads((directory / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and record.get("format") == FORMAT
 
 
 def read_manifest(directory: Path) -> Manifest:

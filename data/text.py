@@ -94,7 +94,7 @@ class ClipTokenizer:
 
     def save(self, directory: Path) -> None:
         """Write the folder that `load_tokenizer` and transformers' CLIPTokenizer read."""
-        with directory_written_atomically(directory) as folder:
+        with directory_written_atomically(directory, is_ours=_is_saved_tokenizer) as folder:
             vocabulary = json.dumps(self.vocabulary, ensure_ascii=False)
             (folder / "vocab.json").write_text(vocabulary, "utf-8")
             lines = ["#version: 0.2", *(f"{a} {b}" for a, b in self.merges)]
@@ -108,6 +108,11 @@ class ClipTokenizer:
                 "pad_token": END,
             }
             (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def _is_saved_tokenizer(folder: Path) -> bool:
+    written = {"vocab.json", "merges.txt", "tokenizer_config.json"}
+    return written == {entry.name for entry in folder.iterdir()}
 
 
 def load_tokenizer(path: Path, context_length: int) -> ClipTokenizer:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from groundwork.data.atomic import write_atomically
-from groundwork.launch.errors import reporting
+from groundwork.launch.errors import reporting, require_file, require_folder
 
 app = typer.Typer(help="Evaluate a trained model.", no_args_is_help=True)
 console = Console(stderr=True, highlight=False)
@@ -39,6 +39,8 @@ def zeroshot(
     def run() -> int:
         from groundwork.pretrain.downstream.zeroshot_run import evaluate_zeroshot
 
+        require_folder(out)
+        require_file(out / RESULTS)
         results, grid = evaluate_zeroshot(checkpoint, shards, knowledge, split, seed)
         out.mkdir(parents=True, exist_ok=True)
         grid(out / GRID)

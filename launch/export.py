@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from groundwork.launch.errors import reporting
+from groundwork.launch.errors import reporting, require_folder
 
 
 def start(checkpoint: Path, out: Path, kind: str) -> int:
@@ -12,6 +12,7 @@ def start(checkpoint: Path, out: Path, kind: str) -> int:
         from groundwork.pretrain.weights.export import TOLERANCE, export
         from groundwork.pretrain.weights.trained import load_trained
 
+        require_folder(out)
         difference = export(load_trained(checkpoint), out, kind)
         print(
             f"wrote {out} (format {kind}); reloaded in a fresh process: largest difference of an "

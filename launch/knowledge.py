@@ -10,7 +10,7 @@ from groundwork.data.knowledge.augment import augment_prompt
 from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.knowledge.senses import find_knowledge
 from groundwork.data.knowledge.wordnet import build_wordnet, find_wordnet
-from groundwork.launch.errors import reporting
+from groundwork.launch.errors import reporting, require_file
 
 app = typer.Typer(help="Build and query knowledge indices.", no_args_is_help=True)
 build_app = typer.Typer(help="Build an index from a source.", no_args_is_help=True)
@@ -27,6 +27,7 @@ def wordnet(
     """WordNet 3.0, from its dictionary files."""
 
     def run() -> int:
+        require_file(out)
         folder = find_wordnet(dictionary)
         counts = build_wordnet(folder, out)
         shown = ", ".join(f"{count:,} {what}" for what, count in counts.items())

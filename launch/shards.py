@@ -1,6 +1,6 @@
 """`groundwork shards ...`"""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from groundwork.data.samples import Concept, Sample
 from groundwork.data.shard_index import ShardError
-from groundwork.data.shards import MANIFEST, Manifest, read_manifest, write_shards
+from groundwork.data.shards import Manifest, is_data_set, read_manifest, write_shards
 from groundwork.data.sources.emoji import EmojiConfig, emoji_concepts, emoji_samples
 from groundwork.data.sources.image_folder import (
     ImageFolderConfig,
@@ -52,7 +52,7 @@ def build_emoji(
             font=font,
         )
         source = {"kind": "emoji", **asdict(config), "font": None if font is None else font.name}
-        if _is_built(out, source, overwrite):
+        if _is_built(out, source, overwrite, [] if font is None else [font]):
             return 0
         concepts = emoji_concepts(config)
         samples = emoji_samples(config, workers=workers)
@@ -86,7 +86,7 @@ def build_image_folder(
             root=root, val_fraction=val_fraction, seed=seed, skip_bad=skip_bad
         )
         source = {"kind": "image_folder", **asdict(config), "root": str(root)}
-        if _is_built(out, source, overwrite):
+        if _is_built(out, source, overwrite, [root]):
             return 0
         concepts = image_folder_concepts(config)
 
@@ -111,11 +111,23 @@ def stat(directory: Annotated[Path, typer.Argument(help="Folder of a data set.")
     raise typer.Exit(reporting(run))
 
 
-def _is_built(out: Path, source: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `out` already holds this very data set. Refuses to replace anything else."""
-    if not out.exists() or overwrite:
+def _is_built(out: Path, source: dict[str, Any], overwrite: bool, inputs: Sequence[Path]) -> bool:
+    """Whether `out` already holds this very data set. Refuses to replace what is no data set.
+
+    inputs: files and folders that the data set is built from; `out` may not touch them.
+    """
+    folder = out.resolve()
+    for path in (path.resolve() for path in inputs):
+        if folder == path or folder in path.parents or path in folder.parents:
+            raise ShardError(
+                f"--out {out} and the source {path} lie in one another, so that writing the one "
+                "could delete the other; choose another --out"
+            )
+    if not out.exists():
         return False
-    if (out / MANIFEST).is_file():
+    if is_data_set(out):
+        if overwrite:
+            return False
         manifest = read_manifest(out)
         if dict(manifest.source) == {k: _json(v) for k, v in source.items()}:
             console.print(f"{out}: already built with these settings")
@@ -124,8 +136,10 @@ def _is_built(out: Path, source: dict[str, Any], overwrite: bool) -> bool:
             f"{out} holds another data set ({manifest.name}, other settings); choose another --out "
             "or pass --overwrite"
         )
-    if out.is_file() or any(out.iterdir()):
-        raise ShardError(f"{out} exists and is no data set; choose another --out")
+    if not out.is_dir() or any(out.iterdir()):
+        raise ShardError(
+            f"{out} exists and is no data set, so nothing there is replaced; choose another --out"
+        )
     return False
 
 

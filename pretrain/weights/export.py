@@ -4,6 +4,7 @@ Every export is loaded again in a fresh process and must give the same embedding
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Final, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from groundwork.data.atomic import directory_written_atomically
+from groundwork.data.atomic import directory_written_atomically, umask
 from groundwork.data.text import load_tokenizer
 from groundwork.pretrain.models.klite import Klite
 from groundwork.pretrain.recipe import recipe_from_dict, recipe_to_dict
@@ -32,7 +34,13 @@ from groundwork.pretrain.weights.trained import Trained
 
 #: Largest difference of an embedding after the export, in absolute value.
 TOLERANCE = 1e-5
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+#: How a model card tells an export of ours, and the files one may have (large weights are cut).
+MADE_BY = "Pretrained with groundwork"
+WRITTEN = re.compile(
+    r"README\.md|merges\.txt|vocab\.json|((tokenizer|preprocessor)_)?config\.json"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
 PROBE_TEXTS = (
     "a photo of a dog.",
     "red apple ; apple , fruit with red or yellow or green skin",
@@ -43,21 +51,40 @@ PROBE_TEXTS = (
 def export(trained: Trained, out: Path, kind: str) -> float:
     """Write format `kind` to folder `out`. Returns the largest difference after reloading.
 
-    Raises ExportError for a format that cannot express the model, and if the reloaded model differs
-    by more than TOLERANCE; nothing is left at `out` then.
+    An earlier export is replaced. Raises ExportError where `out` holds anything else, for a format
+    that cannot express the model, and if the reloaded model differs by more than TOLERANCE; nothing
+    is written to `out` then.
     """
     if kind not in FORMATS:
         raise ExportError(f"--format {kind}: unknown; choose among {', '.join(FORMATS)}")
-    with directory_written_atomically(out) as folder:
-        FORMATS[kind](trained, folder)
-        (folder / "README.md").write_text(_model_card(trained, kind))
-        difference = _reload_elsewhere(trained, folder, kind)
-        if difference > TOLERANCE:
-            raise ExportError(
-                f"--format {kind}: the exported model differs by {difference:.1e} after reloading, "
-                f"more than {TOLERANCE:.0e}; nothing was written. Please report this defect"
-            )
+    try:
+        with directory_written_atomically(out, is_ours=_is_export) as folder:
+            FORMATS[kind](trained, folder)
+            (folder / CARD).write_text(_model_card(trained, kind), "utf-8")
+            # safetensors keeps its files from everyone else
+            for file in folder.iterdir():
+                file.chmod(0o666 & ~umask())
+            difference = _reload_elsewhere(trained, folder, kind)
+            if difference > TOLERANCE:
+                raise ExportError(
+                    f"--format {kind}: the exported model differs by {difference:.1e} after "
+                    f"reloading, more than {TOLERANCE:.0e}; nothing was written. Please report "
+                    "this defect"
+                )
+    except (NotADirectoryError, FileExistsError, BlockingIOError) as error:
+        raise ExportError(f"--out {out}: {error.strerror}; choose another folder") from error
+    except SafetensorError as error:
+        raise ExportError(f"--out {out}: the weights cannot be written: {error}") from error
     return difference
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether `export` made this folder, and nobody has put anything of theirs into it."""
+    try:
+        card = (folder / CARD).read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return MADE_BY in card and all(WRITTEN.fullmatch(entry.name) for entry in folder.iterdir())
 
 
 def _write_huggingface(trained: Trained, folder: Path) -> None:
@@ -172,7 +199,7 @@ library_name: {"transformers" if kind == "hf" else "groundwork"}
 ---
 # {recipe.model.kind}, step {trained.state.step}
 
-Pretrained with groundwork {version("groundwork-pretrain")} on `{recipe.data.shards}`
+{MADE_BY} {version("groundwork-pretrain")} on `{recipe.data.shards}`
 (manifest `{trained.state.dataset}`), {trained.state.position:,} samples seen.
 
 ```python
