@@ -84,10 +84,11 @@ def find_wordnet(directory: Path | None = None) -> Path:
             return place
         if all((place / name).is_file() for name in _FILES):
             return place
+    listed = "".join(f"\n  {place}" for place in looked)
     raise KnowledgeError(
-        "no WordNet dictionary (data.noun, index.noun, noun.exc and the same for verb, adj, adv) "
-        f"in {', '.join(str(place) for place in looked)}; "
-        "install one (`apt-get install wordnet-base`), or name its folder with `--dictionary DIR`"
+        "no WordNet dictionary: install one (`apt-get install wordnet-base`), or name its folder "
+        "with `--dictionary DIR`. Looked for data.noun, index.noun, noun.exc and the same for "
+        f"verb, adj, adv in{listed}"
     )
 
 

@@ -49,23 +49,23 @@ class EmojiConfig:
 
     def __post_init__(self) -> None:
         if self.image_size < 16:
-            raise ValueError(
+            raise SourceError(
                 f"EmojiConfig: image_size is {self.image_size}; a glyph needs at least 16 pixels"
             )
         if not 0 <= self.heldout_renderings < self.renderings:
-            raise ValueError(
+            raise SourceError(
                 f"EmojiConfig: heldout_renderings is {self.heldout_renderings} of "
                 f"{self.renderings} renderings; keep at least one rendering for training"
             )
         if not 0.0 <= self.heldout_concept_fraction < 1.0:
-            raise ValueError(
+            raise SourceError(
                 f"EmojiConfig: heldout_concept_fraction is {self.heldout_concept_fraction}; "
                 "give a number in [0, 1)"
             )
         if self.seed < 0:
-            raise ValueError(f"EmojiConfig: seed is {self.seed}; give a number >= 0")
+            raise SourceError(f"EmojiConfig: seed is {self.seed}; give a number >= 0")
         if self.image_format not in ("png", "jpg"):
-            raise ValueError(
+            raise SourceError(
                 f"EmojiConfig: image_format is {self.image_format!r}; choose 'png' or 'jpg'"
             )
 
@@ -106,7 +106,7 @@ def emoji_samples(config: EmojiConfig, *, workers: int = 1) -> Iterator[tuple[Sp
     one, the calling script needs the usual `if __name__ == "__main__"` guard.
     """
     if workers < 1:
-        raise ValueError(f"emoji_samples: workers is {workers}; give at least 1")
+        raise SourceError(f"emoji_samples: workers is {workers}; give at least 1")
     config = replace(config, font=find_font(config.font))
     concepts = emoji_concepts(config)
     if workers == 1:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from groundwork.data.samples import Concept, Sample
 from groundwork.data.sources.errors import SourceError
@@ -68,16 +68,17 @@ class ImageFolderConfig:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.val_fraction < 1.0:
-            raise ValueError(
-                f"ImageFolderConfig: val_fraction is {self.val_fraction}; give a number in [0, 1)"
+            raise SourceError(
+                f"ImageFolderConfig: val_fraction is {self.val_fraction} (--val-fraction); "
+                "give a number in [0, 1)"
             )
         if self.captions not in ("optional", "required", "ignore"):
-            raise ValueError(
+            raise SourceError(
                 f"ImageFolderConfig: captions is {self.captions!r}; "
                 "choose 'optional', 'required' or 'ignore'"
             )
         if not self.extensions:
-            raise ValueError("ImageFolderConfig: extensions is empty; name at least one")
+            raise SourceError("ImageFolderConfig: extensions is empty; name at least one")
 
 
 def image_folder_concepts(config: ImageFolderConfig) -> list[Concept]:
@@ -139,8 +140,16 @@ def _classes(config: ImageFolderConfig) -> list[tuple[Concept, list[Path]]]:
         )
     names = _class_names(root, folders)
     classes = []
+    claimed = _real_folders(root)
+    for folder in folders:
+        other = claimed.setdefault(_identity(folder), folder)
+        if other != folder:
+            raise SourceError(
+                f"class folder {folder} is a link to {other}, so the same pictures would be of two "
+                "classes; remove the link"
+            )
     for label, folder in enumerate(folders):
-        files = sorted(_image_files(folder, extensions))
+        files = sorted(_image_files(folder, extensions, claimed))
         if not files:
             raise SourceError(
                 f"class folder {folder} holds no image (looked for "
@@ -158,21 +167,37 @@ def _classes(config: ImageFolderConfig) -> list[tuple[Concept, list[Path]]]:
     return classes
 
 
+def _real_folders(root: Path) -> dict[tuple[int, int], Path]:
+    """Every folder that is reached without following a link, and the path that leads to it."""
+    folders = {_identity(root): root}
+    for parent, names, _ in os.walk(root):
+        real = [path for path in (Path(parent, name) for name in names) if not path.is_symlink()]
+        folders.update((_identity(path), path) for path in real)
+    return folders
+
+
 def _image_files(
-    folder: Path, extensions: set[str], ancestors: frozenset[tuple[int, int]] = frozenset()
+    folder: Path, extensions: set[str], claimed: dict[tuple[int, int], Path]
 ) -> Iterator[Path]:
-    """Image files at any depth. Links are followed, save those that lead back to an ancestor."""
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in ancestors:
-        return
-    for entry in folder.iterdir():
+    """Image files at any depth. Links are followed, but no folder is read by a second path.
+
+    claimed: the path by which each folder is read; grows by the targets of links. A link to an
+    ancestor would go round in a circle, one to another class show its pictures under two names.
+    """
+    for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _image_files(entry, extensions, ancestors | {identity})
+            if claimed.setdefault(_identity(entry), entry) == entry:
+                yield from _image_files(entry, extensions, claimed)
         elif entry.suffix.casefold() in extensions:
             yield entry
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """What tells a folder whatever the path that leads to it."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _class_names(root: Path, folders: list[Path]) -> Mapping[str, tuple[str, ...]]:
@@ -259,10 +284,15 @@ def _check_image(data: bytes) -> tuple[str, tuple[int, int]]:
 
     The file's own extension does not count: ImageNet has a PNG called .JPEG.
     """
+    if not data:
+        raise _BadFileError("is empty")
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             found, size = image.format, image.size
             image.verify()
+    except UnidentifiedImageError as error:
+        # its own message names an address in memory
+        raise _BadFileError("is neither a JPEG, nor a PNG, nor a WebP image") from error
     except DECODE_ERRORS as error:
         raise _BadFileError(f"is not a readable JPEG, PNG or WebP image ({error})") from error
     return FORMAT_EXTENSIONS[str(found)], size

@@ -192,6 +192,35 @@ def test_links_are_followed_but_never_in_a_circle(root: Path, tmp_path: Path) ->
     assert not any("again" in path for path in paths if path.startswith("wolf/"))
 
 
+def test_a_link_gives_no_picture_to_a_second_class(root: Path, tmp_path: Path) -> None:
+    inner = put(root / "owl" / "deep" / "0008.jpg", encoded()).parent
+    outside = put(tmp_path / "outside" / "0009.jpg", encoded()).parent
+    first = min(folder for folder in root.iterdir() if folder.is_dir())
+    (first / "a").symlink_to(inner)
+    (first / "b").symlink_to(outside)
+    (root / "owl" / "c").symlink_to(outside)
+    paths = [s.info["path"] for s in read(ImageFolderConfig(root))]
+    assert [path for path in paths if path.endswith(("0008.jpg", "0009.jpg"))] == [
+        f"{first.name}/b/0009.jpg",
+        "owl/deep/0008.jpg",
+    ]
+    (root / "zebra").symlink_to(root / "owl")
+    with pytest.raises(SourceError, match=r"zebra is a link to .*owl, so the same pictures"):
+        read(ImageFolderConfig(root))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "is empty"), (b"no picture", "is neither a JPEG")]
+)
+def test_what_is_no_picture_is_told_alike_every_time(
+    root: Path, content: bytes, reason: str
+) -> None:
+    put(root / "owl" / "0000.jpg", content)
+    with pytest.raises(SourceError, match=rf"0000\.jpg: {reason}") as caught:
+        read(ImageFolderConfig(root))
+    assert "0x" not in str(caught.value)
+
+
 def test_names_that_are_not_utf8_still_make_samples(root: Path) -> None:
     strange = os.fsencode(root / "owl") + b"/\xff\xfe.jpg"
     try:

@@ -243,6 +243,16 @@ def test_an_undecodable_picture_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_impossible_settings_of_a_source_are_told(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = str(shards.parent / "raw"), str(tmp_path / "out")
+    arguments = ["shards", "build", "image-folder", raw, "--out", out, "--val-fraction", "2"]
+    assert "val_fraction is 2.0" in message_of(arguments, capsys)
+    arguments = ["shards", "build", "emoji", "--out", out, "--renderings", "0"]
+    assert "keep at least one rendering" in message_of(arguments, capsys)
+
+
 def test_a_folder_that_is_no_data_set_is_not_overwritten(
     tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
