@@ -3,6 +3,7 @@
 `groundwork report`, its last command, is here, too.
 """
 
+import json
 import os
 import shlex
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from groundwork.launch.errors import reporting
+from groundwork.launch.errors import reporting, require_file, require_folder
 
 RECIPE = "klite_emoji"
 #: Where the recipe looks for its data; any other folder is passed to it as overrides.
@@ -48,6 +49,7 @@ def report(run: Path, zeroshot: Path, commands: Path | None, out: Path) -> int:
     def write() -> int:
         from groundwork.pretrain.report import read_steps, write_report
 
+        require_file(out)
         steps = [] if commands is None else read_steps(commands)
         write_report(out, run=run, zeroshot=zeroshot, commands=steps)
         print(f"wrote {out}")
@@ -102,7 +104,21 @@ def data_overrides(out: Path, overrides: Sequence[str]) -> list[str]:
     """The overrides of the recipe, led by its data where that is not in the usual folder."""
     if out == DEFAULT_OUT:
         return list(overrides)
-    return [f"data.shards={out / 'shards'}", f"data.knowledge.index={out / INDEX}", *overrides]
+    shards, index = _yaml_text(str(out / "shards")), _yaml_text(str(out / INDEX))
+    return [f"data.shards={shards}", f"data.knowledge.index={index}", *overrides]
+
+
+def _yaml_text(text: str) -> str:
+    """YAML that reads as this text: the text itself where that is possible."""
+    import yaml
+
+    try:
+        if yaml.safe_load(text) == text:
+            return text
+    except (yaml.YAMLError, ValueError):
+        pass
+    # JSON is YAML, but for the surrogates that stand for bytes of no character
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def report_command(out: Path) -> tuple[str, ...]:
@@ -151,6 +167,7 @@ def _demo(out: Path, overrides: Sequence[str], run: Run) -> int:
     from groundwork.pretrain.recipe import load_recipe, recipe_to_dict
     from groundwork.pretrain.report import Step, read_steps, write_steps
 
+    require_folder(out)
     commands = demo_commands(out, overrides, usable_ranks())
     # a mistake in an override is to show before any work is done
     recipe = load_recipe(RECIPE, data_overrides(out, overrides))

@@ -219,3 +219,13 @@ def test_sigterm_ends_the_command_and_not_the_demo_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert demo.run_command(["sh", "-c", "sleep 0.5; kill -TERM $PPID; exec sleep 60"]) == 143
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["a #1", "a: b", "[d]", "'q", "&d", "*glob", "%d", "@d", "- d", "{d}", "1", "~", '"', "plain"],
+)
+def test_any_folder_reaches_the_recipe_as_it_is(folder: str) -> None:
+    recipe = load_recipe("klite_emoji", demo.data_overrides(Path(folder), []))
+    assert recipe.data.shards == f"{folder}/shards"
+    assert recipe.data.knowledge.index == f"{folder}/wordnet.gkb"
