@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from groundwork.data.atomic import write_atomically
 from groundwork.data.dataset import Dataset
@@ -26,6 +26,7 @@ from groundwork.pretrain.engine.checkpoint import (
 )
 from groundwork.pretrain.engine.deepspeed_config import World, deepspeed_config
 from groundwork.pretrain.engine.faults import Quarantine
+from groundwork.pretrain.engine.masters import set_masters
 from groundwork.pretrain.engine.monitor import Monitor
 from groundwork.pretrain.engine.optimizer import build_optimizer, lr_at
 from groundwork.pretrain.engine.stop import StopRequest
@@ -95,13 +96,13 @@ def pretrain(
     """Run `recipe` in folder `out`, from its last checkpoint if it has one. Returns steps done."""
     plan = batch_plan(recipe, world.size, world.rank)
     tokenizer = _shared_tokenizer(recipe, out, world, dataset, index)
-    engine, settings = _build_engine(recipe, plan, tokenizer, world)
+    engine, initial = _build_engine(recipe, plan, tokenizer, world)
     checkpoint = find_checkpoint(out)
     state = RunState(0, 0, world.size, recipe_to_dict(recipe), dataset.digest, 0)
     if checkpoint is not None:
         state = replace(load_checkpoint(engine, checkpoint, world), recipe=recipe_to_dict(recipe))
     elif recipe.train.precision == "bf16":
-        settings["restore_masters"]()
+        set_masters(engine, initial)
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / RECIPE, yaml.safe_dump(dict(state.recipe), sort_keys=False).encode())
@@ -197,15 +198,16 @@ def _shared_tokenizer(
 
 def _build_engine(
     recipe: Recipe, plan: BatchPlan, tokenizer: ClipTokenizer, world: World
-) -> tuple[Any, dict[str, Callable[[], None]]]:
+) -> tuple[Any, dict[str, Tensor]]:
+    """The engine, and the initial weights where DeepSpeed rounds them (bf16; empty otherwise)."""
     import deepspeed
 
     # all ranks build the same initial weights; after that each draws its own numbers
     torch.manual_seed(recipe.train.seed)
     objective = build_objective(recipe, tokenizer)
-    masters = None
+    initial = {}
     if recipe.train.precision == "bf16":
-        masters = {name: p.detach().clone() for name, p in objective.named_parameters()}
+        initial = {name: p.detach().clone() for name, p in objective.named_parameters()}
     engine, *_ = deepspeed.initialize(
         model=objective,
         optimizer=build_optimizer(objective, recipe.optimizer),
@@ -220,13 +222,4 @@ def _build_engine(
         ),
     )
     torch.manual_seed(recipe.train.seed * 65_537 + world.rank + 1)
-
-    def restore_masters() -> None:
-        # DeepSpeed makes the float32 masters from the weights it has already rounded to bf16
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        assert masters is not None
-        for name, parameter in engine.module.named_parameters():
-            safe_set_full_fp32_param(parameter, masters[name].to(world.device))
-
-    return engine, {"restore_masters": restore_masters}
+    return engine, initial

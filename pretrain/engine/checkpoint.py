@@ -30,6 +30,8 @@ FOLDER = "checkpoints"
 RECORD = "checkpoint.json"
 LATEST = "latest"
 TAG = "deepspeed"
+#: Key of DeepSpeed's model state: shapes of the optimiser's parameters, in its order, by name.
+PARAMETER_SHAPES = "groundwork_parameter_shapes"
 FORMAT = "groundwork-checkpoint"
 
 
@@ -75,7 +77,8 @@ def save_checkpoint(engine: Any, out: Path, state: RunState, world: World, keep:
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(working), tag=TAG, save_latest=False)
+    shapes = _parameter_shapes(engine)
+    engine.save_checkpoint(str(working), tag=TAG, client_state=shapes, save_latest=False)
     torch.save(_random_states(), working / f"rank-{world.rank:05d}.pt")
     dist.barrier()
     if world.is_main:
@@ -189,8 +192,10 @@ def load_tensors(path: Path) -> Any:
     prepare_environment()
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+    # an enumeration and two records of numbers
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, ValueError, OSError) as error:
@@ -201,6 +206,18 @@ def load_tensors(path: Path) -> Any:
             raise CheckpointError(
                 f"{path}: holds more than tensors and numbers, so it is not loaded: {error}"
             ) from error
+
+
+def _parameter_shapes(engine: Any) -> dict[str, dict[str, list[int]]]:
+    """What DeepSpeed's checkpoints lack without ZeRO: they number the optimiser's parameters."""
+    if engine.zero_optimization_stage() > 0:
+        return {}
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    # the optimiser of bf16 has float32 copies; the parameters of the module are kept beside them
+    groups = getattr(engine.optimizer, "fp16_groups", None)
+    if groups is None:
+        groups = [group["params"] for group in engine.optimizer.param_groups]
+    return {PARAMETER_SHAPES: {names[id(p)]: list(p.shape) for group in groups for p in group}}
 
 
 class _SafeLoading:

@@ -8,17 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groundwork.pretrain.engine.checkpoint import TAG, CheckpointError, load_tensors
+from groundwork.pretrain.engine.checkpoint import (
+    PARAMETER_SHAPES,
+    TAG,
+    CheckpointError,
+    load_tensors,
+)
 
 
 def full_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The parameters of a checkpoint, by name: float32 masters, gathered from all ranks.
 
     Layout of the shards: ZeRO-3 cuts every parameter into equal parts, one per rank, and lays a
-    rank's parts end to end; ZeRO-1 and 2 lay a group's parameters end to end and cut the whole.
+    rank's parts end to end; ZeRO-1 and 2 lay a group's parameters end to end and cut the whole;
+    without ZeRO every rank has everything.
     """
-    states = _optimizer_shards(checkpoint)
     model = load_tensors(_shard_files(checkpoint, "model_states")[0])
+    if model["optimizer"] is not None:
+        return _whole_weights(model)
+    states = _optimizer_shards(checkpoint)
     shapes: list[dict[str, Any]] = model["param_shapes"]
     if _stage(states) == 3:
         weights = _from_stage_3([torch.cat(list(s["fp32_flat_groups"])) for s in states], shapes)
@@ -31,21 +39,28 @@ def full_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def full_optimizer_state(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
-    """AdamW's moments of a ZeRO-3 checkpoint: "exp_avg" and "exp_avg_sq", each name -> tensor."""
+    """AdamW's moments of a checkpoint: "exp_avg" and "exp_avg_sq", each name -> tensor."""
+    kinds = ("exp_avg", "exp_avg_sq")
+    model = load_tensors(_shard_files(checkpoint, "model_states")[0])
+    if (optimizer := model["optimizer"]) is not None:
+        state = optimizer.get("optimizer_state_dict", optimizer)["state"]
+        names = model[PARAMETER_SHAPES]
+        return {kind: {name: state[i][kind] for i, name in enumerate(names)} for kind in kinds}
     states = _optimizer_shards(checkpoint)
-    if _stage(states) != 3:
-        raise CheckpointError(
-            f"{checkpoint}: moments are read from ZeRO-3 checkpoints only, this one is of "
-            f"stage {_stage(states)}"
-        )
-    shapes = load_tensors(_shard_files(checkpoint, "model_states")[0])["param_shapes"]
+    is_stage_3 = _stage(states) == 3
+    inner = "optimizer_state_dict" if is_stage_3 else "base_optimizer_state"
     moments = {}
-    for kind in ("exp_avg", "exp_avg_sq"):
-        ranks = [
-            torch.cat([group[kind].flatten() for _, group in sorted(state["state"].items())])
-            for state in (s["optimizer_state_dict"] for s in states)
+    for kind in kinds:
+        # (rank, group), flat
+        parts = [
+            [group[kind].flatten() for _, group in sorted(state[inner]["state"].items())]
+            for state in states
         ]
-        moments[kind] = _from_stage_3(ranks, shapes)
+        if is_stage_3:
+            moments[kind] = _from_stage_3([torch.cat(own) for own in parts], model["param_shapes"])
+        else:
+            groups = [torch.cat(group) for group in zip(*parts, strict=True)]
+            moments[kind] = _from_stage_2(groups, model["param_shapes"])
     return moments
 
 
@@ -70,7 +85,18 @@ def _optimizer_shards(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def _stage(states: list[dict[str, Any]]) -> int:
-    return int(states[0]["zero_stage"])
+    # DeepSpeed's optimiser for ZeRO-1 with bf16 weights and float32 gradients does not say
+    return int(states[0].get("zero_stage", 1))
+
+
+def _whole_weights(model: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights of a checkpoint without ZeRO; with bf16 the masters lie in the optimiser's state."""
+    shapes, optimizer = model[PARAMETER_SHAPES], model["optimizer"]
+    if "fp32_groups" not in optimizer:
+        # a module may give its state dict other shapes than its parameters have
+        return {name: model["module"][name].view(shape) for name, shape in shapes.items()}
+    masters = [master.detach() for group in optimizer["fp32_groups"] for master in group]
+    return dict(zip(shapes, masters, strict=True))
 
 
 def _from_stage_3(ranks: list[Tensor], groups: list[dict[str, Any]]) -> dict[str, Tensor]:
