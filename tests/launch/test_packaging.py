@@ -115,6 +115,21 @@ def test_no_file_imports_a_room_by_its_bare_name() -> None:
     assert wrong == []
 
 
+def test_what_is_imported_is_a_dependency_and_no_dependency_is_idle() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    dependencies = {re.split(r"[<>=!~\[ ]", line)[0].lower() for line in project["dependencies"]}
+    distributions = packages_distributions()
+    modules = {
+        module.split(".")[0]
+        for room in ROOMS
+        for path in python_files(ROOT / room)
+        for module in imported_modules(path)
+    } - {*sys.stdlib_module_names, "groundwork"}
+    imported = {distributions.get(m, [m])[0].lower().replace("_", "-") for m in modules - {"cuda"}}
+    # cuda.bindings comes with torch for CUDA; torch.utils.tensorboard imports tensorboard
+    assert imported == dependencies - {"tensorboard"}
+
+
 def test_no_launch_file_hides_a_top_level_module() -> None:
     names = {path.stem for path in python_files(ROOT / "launch")}
     taken = {*sys.stdlib_module_names, *packages_distributions(), *TAKEN_NAMES} - {"groundwork"}
