@@ -20,6 +20,8 @@ from groundwork.data.samples import SampleError
 #: Pixels above which a file is taken for a decompression bomb (the largest photographs have fewer).
 #: Pillow has a limit of its own, 178,956,970, above which it opens nothing.
 MAX_PIXELS = 170_000_000
+#: Aspect ratio above which an evaluated picture is resized in its central square only.
+MAX_ASPECT = 32
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -173,9 +175,16 @@ def evaluation_image(data: bytes, transform: ImageTransform) -> Tensor:
     size = transform.size
     short = min(image.width, image.height)
     width, height = int(size * image.width / short), int(size * image.height / short)
-    image = image.resize((width, height), transform.filter)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.crop((left, top, left + size, top + size))
+    if max(width, height) > MAX_ASPECT * size:
+        # the same square without the rest of the strip, which may not fit into memory; its rounding
+        # differs in a few pixels, so ordinary pictures go the other way
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        image = image.resize((size, size), transform.filter, box=box)
+    else:
+        image = image.resize((width, height), transform.filter)
+        image = image.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 

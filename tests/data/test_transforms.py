@@ -48,6 +48,24 @@ def test_evaluation_is_torchvisions_resize_and_centre_crop(
     assert torch.equal(evaluation_image(encoded(image), transform), expected)
 
 
+@pytest.mark.parametrize("size", [(64, 4000), (3000, 40)])
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_a_strip_is_resized_where_it_is_kept(size: tuple[int, int], resample: str) -> None:
+    image = noise(*size)
+    transform = ImageTransform(size=32, resample=resample)  # type: ignore[arg-type]
+    theirs = v2.Compose([v2.Resize(32, v2.InterpolationMode(resample)), v2.CenterCrop(32)])(image)
+    expected = torch.from_numpy(np.array(theirs)).permute(2, 0, 1)
+    difference = evaluation_image(encoded(image), transform).int() - expected.int()
+    assert difference.abs().max() <= 1
+
+
+def test_a_line_of_pixels_takes_no_memory() -> None:
+    data = encoded(Image.new("RGB", (1_000_000, 1), "red"))
+    pixels = evaluation_image(data, ImageTransform(size=224))  # as a whole 150 GB
+    assert torch.equal(pixels[:, 0, 0], torch.tensor([255, 0, 0], dtype=torch.uint8))
+    assert (pixels == pixels[:, :1, :1]).all()
+
+
 @given(
     width=st.integers(1, 400),
     height=st.integers(1, 400),
