@@ -25,6 +25,9 @@ from groundwork.data.text import ClipTokenizer, load_tokenizer, train_tokenizer
 from groundwork.data.transforms import ImageTransform, training_image
 from groundwork.pretrain.objectives.contrastive import UNIQUE
 
+#: Labels travel as int64.
+MAX_LABEL = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -107,8 +110,9 @@ class ImageTextDecoder:
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Example:
         label = sample.info.get("label", UNIQUE)
-        if not isinstance(label, int) or label < UNIQUE:
-            raise SampleError(f"json.label is {label!r}; expected a class index, or -1 for none")
+        if type(label) is not int or not UNIQUE <= label <= MAX_LABEL:
+            shown = repr(label)[:60]
+            raise SampleError(f"json.label is {shown}; expected a class index, or -1 for none")
         image = training_image(sample.image, self.image, rng)
         if label == UNIQUE:
             if not sample.text:
