@@ -66,7 +66,13 @@ def to_huggingface(model: Klite, config: KliteConfig, tokenizer: ClipTokenizer) 
 
 
 def image_processor(transform: ImageTransform) -> Any:
-    """transformers' processor with this transform's evaluation protocol."""
+    """transformers' processor with this transform's evaluation protocol.
+
+    Its options do not reach two roundings. The torchvision backend, which transformers takes where
+    it can, resizes one or two of 255 levels apart from Pillow; loaded with `backend="pil"` it gives
+    our pixels. Either backend crops one pixel further left (or up) where the longer side exceeds
+    `size` by 3, 7, 11, ...: torchvision, whose CenterCrop we follow, rounds half a pixel to even.
+    """
     from transformers import CLIPImageProcessor
 
     return CLIPImageProcessor(
