@@ -42,7 +42,6 @@ class Cubin:
 def compile_cubin(source: str, settings: Mapping[str, int], arch: str) -> Cubin:
     """Compile a file in `csrc/` with preprocessor `settings`. Needs no GPU."""
     nvrtc = _nvrtc()
-    headers = sorted(SOURCES.glob("*.h"))
     options = [
         f"--gpu-architecture={arch}",
         "--std=c++17",
@@ -51,11 +50,7 @@ def compile_cubin(source: str, settings: Mapping[str, int], arch: str) -> Cubin:
     ]
     began = time.monotonic()
     status, program = nvrtc.nvrtcCreateProgram(
-        (SOURCES / source).read_bytes(),
-        source.encode(),
-        len(headers),
-        [header.read_bytes() for header in headers],
-        [header.name.encode() for header in headers],
+        (SOURCES / source).read_bytes(), source.encode(), 0, [], []
     )
     _check_nvrtc(status, source)
     (status,) = nvrtc.nvrtcCompileProgram(
@@ -81,9 +76,8 @@ def compile_cubin(source: str, settings: Mapping[str, int], arch: str) -> Cubin:
 def cached_cubin(source: str, settings: Mapping[str, int], arch: str) -> Cubin:
     """`compile_cubin`, kept on disk. Ranks that ask at once may each compile; one file remains."""
     _, major, minor = _nvrtc().nvrtcVersion()
-    digest = hashlib.sha256(f"{sorted(settings.items())} {arch} {major}.{minor}".encode())
-    for file in (SOURCES / source, *sorted(SOURCES.glob("*.h"))):
-        digest.update(b"\0" + file.read_bytes())
+    settled = f"{sorted(settings.items())} {arch} {major}.{minor}\0".encode()
+    digest = hashlib.sha256(settled + (SOURCES / source).read_bytes())
     path = cache_folder() / f"{Path(source).stem}-{arch}-{digest.hexdigest()[:20]}.cubin"
     if path.exists():
         return Cubin(path.read_bytes(), arch, "", 0.0)

@@ -116,7 +116,7 @@ def build_host_library(source: str, instructions: str | None = None) -> HostLibr
     flags = (*COMMON_FLAGS, *INSTRUCTION_SETS[instructions])
     openmp = _openmp_of_torch()
     parts = [*flags, platform.machine(), str(openmp and openmp.name)]
-    key = _digest([SOURCES / source, *sorted(SOURCES.glob("*.h"))], parts)
+    key = _digest(SOURCES / source, parts)
     path = cache_folder() / f"{Path(source).stem}-{instructions.lower()}-{key}.so"
     name = openmp.name if openmp else None
     if path.exists():
@@ -177,11 +177,8 @@ def _openmp_of_torch() -> Path | None:
     return None
 
 
-def _digest(files: list[Path], parts: list[str]) -> str:
-    digest = hashlib.sha256("\0".join(parts).encode())
-    for file in files:
-        digest.update(b"\0" + file.read_bytes())
-    return digest.hexdigest()[:20]
+def _digest(source: Path, parts: list[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode() + source.read_bytes()).hexdigest()[:20]
 
 
 @contextmanager

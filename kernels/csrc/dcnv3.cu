@@ -7,8 +7,8 @@
 // one another are the groups of a pixel, so a warp writes one contiguous piece. Each unit finds its
 // own image and pixel: no launch shape depends on them, and no tail is special.
 //
-// No headers: NVRTC compiles this text alone with deform_math.h. The host build of the tests runs
-// the same text with the handful of CUDA names that it uses defined in C++. Compile-time settings:
+// No headers: NVRTC compiles this text alone. The host build of the tests runs the same text with the
+// handful of CUDA names that it uses defined in C++. Compile-time settings:
 //
 //   VALUE_T, OFFSET_T, MASK_T   0 float32, 1 bfloat16, 2 float16
 //   WIDTH    channels per load: a power of two that divides the depth, at most 16 bytes
@@ -24,9 +24,37 @@ typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 typedef long long int64_t;
 #define GW_INLINE __device__ __forceinline__
-#define GW_FLOOR(x) floorf(x)
 #endif
-#include "deform_math.h"
+
+// ---- where a sample lies ----
+
+// In the cell [floor(X), floor(X)+1] x [floor(Y), floor(Y)+1], also where X or Y is an integer. It
+// counts if -1 <= X < W and -1 <= Y < H; all else, NaN included, contributes nothing. At X = -1 its
+// weight is 0, but the right-sided derivative is not.
+struct Cell {
+  int x0, y0;           // upper left corner; 0 for a sample that does not count
+  float right, down;    // distance from it, in [0, 1)
+  float inside;         // 1 where the sample counts, else 0
+};
+
+GW_INLINE Cell locate(float x, float y, int height, int width) {
+  const float floor_x = floorf(x), floor_y = floorf(y);
+  const bool counts = (x >= -1.0f) & (x < (float)width) & (y >= -1.0f) & (y < (float)height);
+  Cell cell;
+  cell.inside = counts ? 1.0f : 0.0f;
+  // Chosen before the conversion: a far-away coordinate does not fit an integer.
+  cell.x0 = (int)(counts ? floor_x : 0.0f);
+  cell.y0 = (int)(counts ? floor_y : 0.0f);
+  cell.right = counts ? x - floor_x : 0.0f;
+  cell.down = counts ? y - floor_y : 0.0f;
+  return cell;
+}
+
+// The coordinate of kernel point i along one axis at output position o. The regular grid is exact
+// and comes first, so that a zero offset samples exactly on it.
+GW_INLINE float coordinate(int origin, float scaled_grid, float scale, float offset) {
+  return ((float)origin + scaled_grid) + scale * offset;
+}
 
 struct Problem {
   int64_t units;  // batch * out_height * out_width * groups

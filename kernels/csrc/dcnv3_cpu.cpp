@@ -17,8 +17,6 @@
 #include <initializer_list>
 
 #define GW_INLINE static inline __attribute__((always_inline))
-#define GW_FLOOR(x) __builtin_floorf(x)
-#include "deform_math.h"
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -47,6 +45,34 @@ extern "C" struct Dcnv3Problem {
 
 namespace {
 
+// ---- vectors ----
+
+GW_INLINE Vec at(const float* from) { return *(const Vec*)from; }
+GW_INLINE void put(float* to, Vec x) { *(Vec*)to = x; }
+
+// Lanes of a and b, one after the other, in the order of `order` (a constant).
+GW_INLINE Vec shuffled(Vec a, Vec b, Lanes order) {
+#if defined(__clang__)
+  Vec result;
+  for (int l = 0; l < LANES; ++l) result[l] = order[l] < LANES ? a[order[l]] : b[order[l] - LANES];
+  return result;
+#else
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
+GW_INLINE Lanes every_second(int first) {
+  Lanes order;
+  for (int l = 0; l < LANES; ++l) order[l] = 2 * l + first;
+  return order;
+}
+
+// The largest integer not above x, for |x| < 2^31.
+GW_INLINE Lanes floored(Vec x) {
+  const Lanes truncated = __builtin_convertvector(x, Lanes);
+  return truncated + (Lanes)(__builtin_convertvector(truncated, Vec) > x);  // true is -1
+}
+
 // ---- storage ----
 
 GW_INLINE float from_bf16(uint16_t bits) {
@@ -66,7 +92,7 @@ GW_INLINE uint16_t to_bf16(float x) {  // to nearest, ties to even; NaN stays Na
 // Short copies of a length known only at run time: a call of memcpy costs more than they do.
 GW_INLINE void copy(float* to, const float* from, int64_t count) {
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) *(Vec*)(to + i) = *(const Vec*)(from + i);
+  for (; i + LANES <= count; i += LANES) put(to + i, at(from + i));
   for (; i < count; ++i) to[i] = from[i];
 }
 
@@ -92,7 +118,7 @@ GW_INLINE void store(void* base, int dtype, int64_t start, const float* in, int6
 GW_INLINE float exp_nonpositive(float x) {
   const bool underflows = x < -87.0f;
   const float clipped = underflows ? -87.0f : x;
-  const float n = GW_FLOOR(clipped * 1.44269504f + 0.5f);
+  const float n = (float)(int32_t)(clipped * 1.44269504f - 0.5f);  // to nearest: it is negative
   const float r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691e-4f;
   p = p * r + 1.3981999e-3f;
@@ -125,11 +151,27 @@ float* allocate(size_t floats) {
 // Samples of a row of outputs; each array has out_width * points entries.
 struct Row {
   float *offset, *mask;                 // offset: (x, y) pairs
-  float *right, *down, *inside;
+  float *right, *down;
+  int32_t* inside;                      // -1 where a sample counts, else 0
   float *w00, *w01, *w10, *w11;         // of the corners: bilinear, times the mask
   int32_t* cell;                        // of the padded image, in pixels
   float *grad_weight, *grad_x, *grad_y;
 };
+
+// Where the samples of a row lie without offsets: x in the image, y from the row's own line.
+struct Grid {
+  float *x, *y;
+};
+
+// Pixels ahead of the one being read: a group's values are a stride of all channels apart, which
+// the processor does not foresee.
+#define AHEAD 8
+
+GW_INLINE void fetch(const void* base, int dtype, int64_t start, int64_t count) {
+  const int64_t bytes = dtype == FLOAT32 ? 4 : 2;
+  const char* first = (const char*)base + start * bytes;
+  for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(first + i);
+}
 
 // ---- one group of one image as float32 with a border ----
 
@@ -145,6 +187,7 @@ void copy_in(const Dcnv3Problem& q, const void* value, int64_t n, int64_t g, flo
     for (int64_t x = 0; x < q.width; ++x) {
       float* pixel = line + (x + 1) * padded;
       const int64_t start = ((n * q.height + y) * q.width + x) * channels + g * q.depth;
+      fetch(value, q.value_dtype, start + AHEAD * channels, q.depth);
       load(pixel, value, q.value_dtype, start, q.depth);
       for (int64_t d = q.depth; d < padded; ++d) pixel[d] = 0.0f;
     }
@@ -184,34 +227,49 @@ void normalise(float* mask, int64_t rows, int64_t points) {
 
 // POINTS: the number of kernel points, or 0 where it is known at run time only.
 template <int POINTS>
-void locate_row(const Dcnv3Problem& q, const void* offset, const void* mask, const float* tiled_grid,
+void locate_row(const Dcnv3Problem& q, const void* offset, const void* mask, const Grid& grid,
                 int64_t n, int64_t y, int64_t g, const Row& row) {
   const int64_t points = POINTS ? POINTS : q.points, count = q.out_width * points;
   for (int64_t x = 0; x < q.out_width; ++x) {
-    const int64_t at = (((n * q.out_height + y) * q.out_width + x) * q.groups + g) * points;
-    load(row.offset + x * points * 2, offset, q.offset_dtype, at * 2, points * 2);
-    load(row.mask + x * points, mask, q.mask_dtype, at, points);
+    const int64_t start = (((n * q.out_height + y) * q.out_width + x) * q.groups + g) * points;
+    const int64_t ahead = start + AHEAD * q.groups * points;
+    fetch(offset, q.offset_dtype, ahead * 2, points * 2);
+    fetch(mask, q.mask_dtype, ahead, points);
+    load(row.offset + x * points * 2, offset, q.offset_dtype, start * 2, points * 2);
+    load(row.mask + x * points, mask, q.mask_dtype, start, points);
   }
   if (q.softmax) normalise(row.mask, q.out_width, points);
+  // A sample lies in the cell [floor(X), floor(X)+1] x [floor(Y), floor(Y)+1], also where X or Y is
+  // an integer. It counts if -1 <= X < W and -1 <= Y < H; all else, NaN included, adds nothing. At
+  // X = -1 its weight is 0, but the right-sided derivative is not.
   const float line = (float)(y * q.stride_h + q.origin_h);
-  const int height = (int)q.height, width = (int)q.width;
-  const float scale = q.offset_scale;
-#pragma GCC ivdep
-  for (int64_t k = 0; k < count; ++k) {
-    const float sample_x = tiled_grid[2 * k] + scale * row.offset[2 * k];
-    const float sample_y = (line + tiled_grid[2 * k + 1]) + scale * row.offset[2 * k + 1];
-    const Cell cell = locate(sample_x, sample_y, height, width);
-    row.cell[k] = (cell.y0 + 1) * (width + 2) + cell.x0 + 1;
-    row.right[k] = cell.right;
-    row.down[k] = cell.down;
-    row.inside[k] = cell.inside;
-    const float weight = cell.inside != 0.0f ? row.mask[k] : 0.0f;
-    const float lower = weight * cell.down, upper = weight - lower;
-    const float w11 = lower * cell.right, w01 = upper * cell.right;
-    row.w00[k] = upper - w01;
-    row.w01[k] = w01;
-    row.w10[k] = lower - w11;
-    row.w11[k] = w11;
+  const float height = (float)q.height, width = (float)q.width, scale = q.offset_scale;
+  const int32_t pitch = (int32_t)q.width + 2;
+  const Lanes even = every_second(0), odd = every_second(1);
+  const Vec zero = Vec{};
+  for (int64_t k = 0; k < count; k += LANES) {  // the arrays reach LANES past the last sample
+    const Vec first = at(row.offset + 2 * k), second = at(row.offset + 2 * k + LANES);
+    const Vec x = at(grid.x + k) + scale * shuffled(first, second, even);
+    const Vec y = (line + at(grid.y + k)) + scale * shuffled(first, second, odd);
+    const Lanes counts = (Lanes)(x >= -1.0f) & (Lanes)(x < width) & (Lanes)(y >= -1.0f) &
+                         (Lanes)(y < height);
+    // Chosen before the conversion: a far-away coordinate does not fit an integer.
+    const Vec near_x = counts ? x : zero, near_y = counts ? y : zero;
+    const Lanes x0 = floored(near_x), y0 = floored(near_y);
+    const Vec right = near_x - __builtin_convertvector(x0, Vec);
+    const Vec down = near_y - __builtin_convertvector(y0, Vec);
+    const Vec weight = counts ? at(row.mask + k) : zero;
+    const Vec lower = weight * down, upper = weight - lower;
+    const Vec w11 = lower * right, w01 = upper * right;
+    const Lanes cell = (y0 + 1) * pitch + x0 + 1;
+    memcpy(row.cell + k, &cell, sizeof(cell));
+    memcpy(row.inside + k, &counts, sizeof(counts));
+    put(row.right + k, right);
+    put(row.down + k, down);
+    put(row.w00 + k, upper - w01);
+    put(row.w01 + k, w01);
+    put(row.w10 + k, lower - w11);
+    put(row.w11 + k, w11);
   }
 }
 
@@ -229,14 +287,14 @@ GW_INLINE void gather(const float* image, int64_t line_floats, int64_t padded, i
     const float* top = image + (int64_t)row.cell[k] * padded;
     const float* bottom = top + line_floats;
     for (int v = 0; v < V; ++v) {
-      sum[0][v] += row.w00[k] * *(const Vec*)(top + v * LANES);
-      sum[1][v] += row.w01[k] * *(const Vec*)(top + padded + v * LANES);
-      sum[2][v] += row.w10[k] * *(const Vec*)(bottom + v * LANES);
-      sum[3][v] += row.w11[k] * *(const Vec*)(bottom + padded + v * LANES);
+      sum[0][v] += row.w00[k] * at(top + v * LANES);
+      sum[1][v] += row.w01[k] * at(top + padded + v * LANES);
+      sum[2][v] += row.w10[k] * at(bottom + v * LANES);
+      sum[3][v] += row.w11[k] * at(bottom + padded + v * LANES);
     }
   }
   for (int v = 0; v < V; ++v)
-    *(Vec*)(out + v * LANES) = (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
+    put(out + v * LANES, (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]));
 }
 
 // Adds V vectors of channels to the gradient of the image. What each sample's weight, x and y gain
@@ -246,19 +304,19 @@ GW_INLINE void scatter(const float* image, float* grad_image, int64_t line_float
                        int64_t points, const Row& row, int64_t first, const float* grad_out,
                        bool is_first_chunk, float* partial) {
   Vec grad[V];
-  for (int v = 0; v < V; ++v) grad[v] = *(const Vec*)(grad_out + v * LANES);
+  for (int v = 0; v < V; ++v) grad[v] = at(grad_out + v * LANES);
   const int64_t number = POINTS ? POINTS : points;
   for (int64_t p = 0; p < number; ++p) {
     const int64_t k = first + p;
     const float right = row.right[k], down = row.down[k], left = 1.0f - right;
-    const int64_t at = (int64_t)row.cell[k] * padded;
-    const float *top = image + at, *bottom = top + line_floats;
-    float *grad_top = grad_image + at, *grad_bottom = grad_top + line_floats;
+    const int64_t corner = (int64_t)row.cell[k] * padded;
+    const float *top = image + corner, *bottom = top + line_floats;
+    float *grad_top = grad_image + corner, *grad_bottom = grad_top + line_floats;
     Vec along_weight = Vec{}, along_x = Vec{}, along_y = Vec{};
     for (int v = 0; v < V; ++v) {
       const int64_t c = v * LANES;
-      const Vec v00 = *(const Vec*)(top + c), v01 = *(const Vec*)(top + padded + c);
-      const Vec v10 = *(const Vec*)(bottom + c), v11 = *(const Vec*)(bottom + padded + c);
+      const Vec v00 = at(top + c), v01 = at(top + padded + c);
+      const Vec v10 = at(bottom + c), v11 = at(bottom + padded + c);
       const Vec fall_left = v10 - v00, fall_right = v11 - v01;
       const Vec first_column = v00 + down * fall_left, second_column = v01 + down * fall_right;
       const Vec slope_x = second_column - first_column;
@@ -270,37 +328,24 @@ GW_INLINE void scatter(const float* image, float* grad_image, int64_t line_float
       *(Vec*)(grad_bottom + c) += row.w10[k] * grad[v];
       *(Vec*)(grad_bottom + padded + c) += row.w11[k] * grad[v];
     }
-    Vec* out = (Vec*)(partial + 3 * p * LANES);
-    if (!is_first_chunk) {
-      along_weight += out[0];
-      along_x += out[1];
-      along_y += out[2];
-    }
-    out[0] = along_weight;
-    out[1] = along_x;
-    out[2] = along_y;
+    float* of_weight = partial + p * LANES;
+    float *of_x = of_weight + number * LANES, *of_y = of_x + number * LANES;
+    put(of_weight, is_first_chunk ? along_weight : along_weight + at(of_weight));
+    put(of_x, is_first_chunk ? along_x : along_x + at(of_x));
+    put(of_y, is_first_chunk ? along_y : along_y + at(of_y));
   }
 }
 
-// a and b, each in blocks of 2 * HALF lanes, added half to half: the even blocks' halves of the
-// result come from a, the odd ones' from b.
+// a and b, each in blocks of 2 * HALF lanes, added half to half: the even halves of the result come
+// from a, the odd ones from b. The first shuffle is a blend, which costs less than one.
 template <int HALF>
 GW_INLINE Vec fold(Vec a, Vec b) {
-  Lanes low, high;
+  Lanes stay, cross;
   for (int l = 0; l < LANES; ++l) {
-    low[l] = l & HALF ? LANES + l - HALF : l;
-    high[l] = l & HALF ? LANES + l : l + HALF;
+    stay[l] = l & HALF ? LANES + l : l;
+    cross[l] = l & HALF ? LANES + l - HALF : l + HALF;
   }
-#if defined(__clang__)
-  Vec first, second;
-  for (int l = 0; l < LANES; ++l) {
-    first[l] = l & HALF ? b[l - HALF] : a[l];
-    second[l] = l & HALF ? b[l] : a[l + HALF];
-  }
-  return first + second;
-#else
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-#endif
+  return shuffled(a, b, stay) + shuffled(a, b, cross);
 }
 
 template <int HALF>
@@ -312,7 +357,7 @@ GW_INLINE void fold_all(Vec* rows) {
 // The sum over its lanes of each of LANES vectors, as one vector.
 GW_INLINE Vec lane_sums(const float* vectors) {
   Vec rows[LANES];
-  for (int i = 0; i < LANES; ++i) rows[i] = *(const Vec*)(vectors + i * LANES);
+  for (int i = 0; i < LANES; ++i) rows[i] = at(vectors + i * LANES);
   fold_all<LANES / 2>(rows);
   return rows[0];
 }
@@ -320,7 +365,8 @@ GW_INLINE Vec lane_sums(const float* vectors) {
 // ---- tasks ----
 
 struct Buffers {
-  float *image, *grad_image, *pixel, *grid, *partial, *sums;
+  float *image, *grad_image, *pixel, *partial, *sums;
+  Grid grid;
   Row row;
 };
 
@@ -329,10 +375,10 @@ GW_INLINE int64_t padded_sums(const Dcnv3Problem& q) {
 }
 
 bool prepare(const Dcnv3Problem& q, bool backward, Buffers& b) {
-  const size_t image = image_floats(q), padded = vectors(q.depth) * LANES, pad = 16;
-  const size_t count = (size_t)q.out_width * q.points, sums = padded_sums(q);
-  const size_t total =
-      image * (backward ? 2 : 1) + padded + sums * (LANES + 1) + 16 * (count + pad) + 3 * pad;
+  const size_t image = image_floats(q), padded = vectors(q.depth) * LANES;
+  // Vectors are read and written up to one past the last sample.
+  const size_t count = (size_t)q.out_width * q.points + LANES, sums = padded_sums(q);
+  const size_t total = image * (backward ? 2 : 1) + padded + sums * (LANES + 1) + 16 * count;
   float* memory = allocate(total);
   b.image = memory;
   if (!memory) return false;
@@ -343,18 +389,18 @@ bool prepare(const Dcnv3Problem& q, bool backward, Buffers& b) {
   b.pixel = take(padded);
   b.partial = take(sums * LANES);
   b.sums = take(sums);
-  memset(b.partial, 0, sums * LANES * sizeof(float));
-  b.grid = take(2 * count + pad);
-  b.row.offset = take(2 * count + pad);
-  b.row.cell = (int32_t*)take(count + pad);
-  for (float** array : {&b.row.mask, &b.row.right, &b.row.down, &b.row.inside, &b.row.w00, &b.row.w01,
-                        &b.row.w10, &b.row.w11, &b.row.grad_weight, &b.row.grad_x, &b.row.grad_y})
-    *array = take(count + pad);
+  b.row.offset = take(2 * count);
+  b.row.cell = (int32_t*)take(count);
+  b.row.inside = (int32_t*)take(count);
+  for (float** array : {&b.grid.x, &b.grid.y, &b.row.mask, &b.row.right, &b.row.down, &b.row.w00,
+                        &b.row.w01, &b.row.w10, &b.row.w11, &b.row.grad_weight, &b.row.grad_x,
+                        &b.row.grad_y})
+    *array = take(count);
+  memset(b.partial, 0, (next - b.partial) * sizeof(float));
   for (int64_t x = 0; x < q.out_width; ++x)
     for (int64_t p = 0; p < q.points; ++p) {
-      float* pair = b.grid + 2 * (x * q.points + p);
-      pair[0] = (float)(x * q.stride_w + q.origin_w) + q.grid_xy[2 * p];
-      pair[1] = q.grid_xy[2 * p + 1];
+      b.grid.x[x * q.points + p] = (float)(x * q.stride_w + q.origin_w) + q.grid_xy[2 * p];
+      b.grid.y[x * q.points + p] = q.grid_xy[2 * p + 1];
     }
   return true;
 }
@@ -368,14 +414,14 @@ void forward_rows(const Dcnv3Problem& q, const void* offset, const void* mask, v
     locate_row<POINTS>(q, offset, mask, b.grid, n, y, g, b.row);
     for (int64_t x = 0; x < q.out_width; ++x) {
       const int64_t first = x * q.points;
-      const int64_t at = (((n * q.out_height + y) * q.out_width + x) * q.groups + g) * q.depth;
-      float* out = direct ? (float*)output + at : b.pixel;
+      const int64_t start = (((n * q.out_height + y) * q.out_width + x) * q.groups + g) * q.depth;
+      float* out = direct ? (float*)output + start : b.pixel;
       int64_t v = 0;
       for (; v + 2 <= count; v += 2)
         gather<2, POINTS>(b.image + v * LANES, line, padded, q.points, b.row, first, out + v * LANES);
       if (v < count)
         gather<1, POINTS>(b.image + v * LANES, line, padded, q.points, b.row, first, out + v * LANES);
-      if (!direct) store(output, q.value_dtype, at, b.pixel, q.depth);
+      if (!direct) store(output, q.value_dtype, start, b.pixel, q.depth);
     }
   }
 }
@@ -394,9 +440,10 @@ void backward_task(const Dcnv3Problem& q, const void* grad_output, const void* v
     locate_row<POINTS>(q, offset, mask, b.grid, n, y, g, b.row);
     const int64_t first_pixel = (n * q.out_height + y) * q.out_width;
     for (int64_t x = 0; x < q.out_width; ++x) {
-      const int64_t at = ((first_pixel + x) * q.groups + g) * q.depth, first = x * points;
-      const float* grad = direct ? (const float*)grad_output + at : b.pixel;
-      if (!direct) load(b.pixel, grad_output, q.value_dtype, at, q.depth);
+      const int64_t start = ((first_pixel + x) * q.groups + g) * q.depth, first = x * points;
+      const float* grad = direct ? (const float*)grad_output + start : b.pixel;
+      fetch(grad_output, q.value_dtype, start + AHEAD * q.groups * q.depth, q.depth);
+      if (!direct) load(b.pixel, grad_output, q.value_dtype, start, q.depth);
       int64_t v = 0;
       for (; v + 2 <= count; v += 2)
         scatter<2, POINTS>(b.image + v * LANES, b.grad_image + v * LANES, line, padded, points,
@@ -405,20 +452,27 @@ void backward_task(const Dcnv3Problem& q, const void* grad_output, const void* v
         scatter<1, POINTS>(b.image + v * LANES, b.grad_image + v * LANES, line, padded, points,
                            b.row, first, grad + v * LANES, v == 0, b.partial);
       for (int64_t i = 0; i < padded_sums(q); i += LANES)
-        *(Vec*)(b.sums + i) = lane_sums(b.partial + i * LANES);
-      for (int64_t p = 0; p < points; ++p) {
-        b.row.grad_weight[first + p] = b.sums[3 * p];
-        b.row.grad_x[first + p] = b.sums[3 * p + 1];
-        b.row.grad_y[first + p] = b.sums[3 * p + 2];
-      }
+        put(b.sums + i, lane_sums(b.partial + i * LANES));
+      copy(b.row.grad_weight + first, b.sums, points);
+      copy(b.row.grad_x + first, b.sums + points, points);
+      copy(b.row.grad_y + first, b.sums + 2 * points, points);
     }
     float* grad_xy = b.row.offset;  // not needed any more in this row
-    for (int64_t k = 0; k < samples; ++k) {
-      const float factor = q.offset_scale * b.row.mask[k];
-      const bool counts = b.row.inside[k] != 0.0f;
-      grad_xy[2 * k] = counts ? factor * b.row.grad_x[k] : 0.0f;
-      grad_xy[2 * k + 1] = counts ? factor * b.row.grad_y[k] : 0.0f;
-      b.row.grad_weight[k] = counts ? b.row.grad_weight[k] : 0.0f;
+    Lanes first_pairs, second_pairs;
+    for (int l = 0; l < LANES; ++l) {
+      first_pairs[l] = l / 2 + l % 2 * LANES;
+      second_pairs[l] = first_pairs[l] + LANES / 2;
+    }
+    const Vec zero = Vec{};
+    for (int64_t k = 0; k < samples; k += LANES) {
+      Lanes counts;
+      memcpy(&counts, b.row.inside + k, sizeof(counts));
+      const Vec factor = q.offset_scale * at(b.row.mask + k);
+      const Vec x = counts ? factor * at(b.row.grad_x + k) : zero;
+      const Vec y = counts ? factor * at(b.row.grad_y + k) : zero;
+      put(grad_xy + 2 * k, shuffled(x, y, first_pairs));
+      put(grad_xy + 2 * k + LANES, shuffled(x, y, second_pairs));
+      put(b.row.grad_weight + k, counts ? at(b.row.grad_weight + k) : zero);
     }
     if (q.softmax)
       for (int64_t x = 0; x < q.out_width; ++x) {
@@ -429,9 +483,9 @@ void backward_task(const Dcnv3Problem& q, const void* grad_output, const void* v
         for (int64_t p = 0; p < points; ++p) grads[p] = weights[p] * (grads[p] - mean);
       }
     for (int64_t x = 0; x < q.out_width; ++x) {
-      const int64_t at = ((first_pixel + x) * q.groups + g) * points;
-      store(grad_offset, q.offset_dtype, at * 2, grad_xy + x * points * 2, points * 2);
-      store(grad_mask, q.mask_dtype, at, b.row.grad_weight + x * points, points);
+      const int64_t start = ((first_pixel + x) * q.groups + g) * points;
+      store(grad_offset, q.offset_dtype, start * 2, grad_xy + x * points * 2, points * 2);
+      store(grad_mask, q.mask_dtype, start, b.row.grad_weight + x * points, points);
     }
   }
   copy_out(q, b.grad_image, n, g, grad_value);

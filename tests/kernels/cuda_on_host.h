@@ -15,7 +15,6 @@
 #include <vector>
 
 #define GW_INLINE static inline
-#define GW_FLOOR(x) floorf(x)
 #define __global__
 #define __device__
 #define __restrict__
