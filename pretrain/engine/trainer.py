@@ -55,7 +55,8 @@ def train(
 ) -> int:
     """Train until the last step, or until asked to stop. Returns the number of steps done.
 
-    Whatever ends the loop in good order, the last step done is saved.
+    Whatever ends the loop in good order, the last step done is saved. What is saved knows its bad
+    samples and has a finite loss.
     """
     batches = stream.batches(
         loop.plan,
@@ -96,9 +97,8 @@ def train(
         if done % loop.log_every == 0 or done == loop.steps:
             now = time.monotonic()
             steps = done - max(loop.first_step, (done - 1) // loop.log_every * loop.log_every)
-            means, bad = _over_ranks(losses, quarantine.pending, waited / (now - since_log), world)
-            quarantine.collect(bad, done * loop.plan.global_batch, world)
             samples = done * loop.plan.global_batch
+            means = _over_ranks(losses, waited / (now - since_log), quarantine, samples, world)
             metrics = {
                 "step": done,
                 "samples": samples,
@@ -106,35 +106,59 @@ def train(
                 "seconds": now - began,
                 **means,
                 "lr": lr,
-                "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+                "grad_norm": _gradient_norm(engine),
                 "seconds_per_step": (now - since_log) / steps,
                 "samples_per_s": steps * loop.plan.global_batch / (now - since_log),
                 "bad_samples": quarantine.count,
                 "first_step_s": first_step_s,
             }
             monitor.log(metrics)
-            if not (math.isfinite(means["loss"]) and math.isfinite(metrics["grad_norm"])):
-                raise DivergedError(
-                    f"step {done}: loss {means['loss']}, gradient norm {metrics['grad_norm']}. "
-                    "Lower optimizer.lr, lengthen schedule.warmup_steps, or set "
-                    "train.gradient_clipping; the run goes on from its last checkpoint"
-                )
+            _check_finite(done, means["loss"], metrics["grad_norm"])
             since_log, waited = time.monotonic(), 0.0
         if done % loop.save_every == 0 or done == loop.steps:
-            loop.save(done)
+            _save(engine, losses, quarantine, done, loop, world)
             saved = done
     if done > saved:
-        loop.save(done)
+        _save(engine, losses, quarantine, done, loop, world)
     return done
 
 
+def _save(
+    engine: Any,
+    losses: dict[str, Tensor],
+    quarantine: Quarantine,
+    done: int,
+    loop: Loop,
+    world: World,
+) -> None:
+    """Save a step, which may have had no metrics: with its bad samples, and never a NaN."""
+    means = _over_ranks(losses, 0.0, quarantine, done * loop.plan.global_batch, world)
+    _check_finite(done, means["loss"], _gradient_norm(engine))
+    loop.save(done)
+
+
+def _check_finite(step: int, loss: float, gradient_norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        raise DivergedError(
+            f"step {step}: loss {loss}, gradient norm {gradient_norm}. "
+            "Lower optimizer.lr, lengthen schedule.warmup_steps, or set "
+            "train.gradient_clipping; the run goes on from its last checkpoint"
+        )
+
+
+def _gradient_norm(engine: Any) -> float:
+    return float(engine.get_global_grad_norm() or 0.0)
+
+
 def _over_ranks(
-    losses: dict[str, Tensor], pending: int, wait: float, world: World
-) -> tuple[dict[str, float], int]:
-    """Mean of losses and waiting share over ranks, and the sum of pending bad samples."""
+    losses: dict[str, Tensor], wait: float, quarantine: Quarantine, samples: int, world: World
+) -> dict[str, float]:
+    """Mean of losses and waiting share over ranks; the bad samples of all are collected."""
     names = [*losses, "data_wait"]
     values = torch.stack([*losses.values(), torch.tensor(wait, device=world.device)]).double()
-    values = torch.cat([values, torch.tensor([pending * world.size], device=world.device)])
+    pending = torch.tensor([quarantine.pending * world.size], device=world.device)
+    values = torch.cat([values, pending])
     dist.all_reduce(values)
     *means, bad = (values / world.size).tolist()
-    return dict(zip(names, means, strict=True)), round(bad)
+    quarantine.collect(round(bad), samples, world)
+    return dict(zip(names, means, strict=True))

@@ -11,6 +11,7 @@ import pytest
 from groundwork.data.dataset import open_dataset
 from groundwork.data.samples import Sample
 from groundwork.data.shards import read_concepts, write_shards
+from groundwork.pretrain.engine.checkpoint import complete_checkpoints, read_state
 
 pytestmark = pytest.mark.multirank
 
@@ -67,6 +68,31 @@ def test_bad_pictures_over_the_budget_end_the_run(
 ) -> None:
     status, text = run(start_job, tiny_recipe, tmp_path / "run", f"data.shards={partly_bad}")
     assert_one_message(status, text, "data.bad_sample_budget", "cannot be decoded", "quarantine")
+
+
+def test_a_checkpoint_between_two_log_steps_knows_its_bad_pictures(
+    start_job: Callable[..., Any], tiny_recipe: Path, partly_bad: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    settings = (f"data.shards={partly_bad}", "data.bad_sample_budget=0.5", "monitor.log_every=5")
+    status, text = run(start_job, tiny_recipe, out, *settings, "checkpoint.every_steps=4")
+    assert status == 0, text
+    lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    before, after = (read_state(checkpoint) for checkpoint in complete_checkpoints(out))
+    assert (before.step, after.step) == (4, 6)
+    assert before.bad_samples == sum(line["position"] < before.position for line in lines) > 0
+    assert after.bad_samples == len(lines)
+
+
+def test_a_step_that_diverged_is_not_saved(
+    start_job: Callable[..., Any], tiny_recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    settings = ("optimizer.lr=1e30", "schedule.warmup_steps=0", "train.gradient_clipping=0.0")
+    more = ("monitor.log_every=5", "checkpoint.every_steps=4")
+    status, text = run(start_job, tiny_recipe, out, *settings, *more)
+    assert_one_message(status, text, "step 4", "optimizer.lr")
+    assert not complete_checkpoints(out)
 
 
 def test_a_truncated_tar_is_named_before_the_start(
