@@ -171,9 +171,10 @@ def _launch(
     if problem.units == 0:
         return
     device = value.device.index
-    # what is read or written in pieces: everything of value's dtype
-    pieces = [t.data_ptr() for t in tensors if t.dtype == value.dtype and t.shape[-1:] != (1,)]
-    alignment = min(MAX_BYTES, *(pointer & -pointer for pointer in pieces))
+    # value, and in the backward pass grad_output before it, are read in pieces of up to 16 bytes;
+    # all else is offset and mask, or has just been allocated
+    pointers = (tensors[0].data_ptr(), value.data_ptr())
+    alignment = min(MAX_BYTES, *(pointer & -pointer for pointer in pointers))
     dtypes = (value.dtype, offset.dtype, mask.dtype)
     cut = plan(problem, geometry.num_points, dtypes, softmax, fixed, alignment)
     kernel: CudaKernel = cuda_kernel(SOURCE, name, tuple(sorted(cut.settings.items())), device)
