@@ -50,7 +50,7 @@ class ImageTransform:
         if not 0 <= self.flip <= 1:
             raise ValueError(f"ImageTransform: flip is {self.flip}; it is a probability, 0 to 1")
         for name in ("brightness", "contrast", "saturation"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"ImageTransform: {name} is {getattr(self, name)}; need 0 or more")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(

@@ -21,7 +21,7 @@ from groundwork.data.knowledge.senses import Knowledge, find_knowledge
 from groundwork.data.knowledge.templates import TRAINING_TEMPLATES, clean_class_name
 from groundwork.data.samples import Concept, Sample, SampleError
 from groundwork.data.stream import Stream
-from groundwork.data.text import ClipTokenizer, load_tokenizer, train_tokenizer
+from groundwork.data.text import ALPHABET_SIZE, ClipTokenizer, load_tokenizer, train_tokenizer
 from groundwork.data.transforms import ImageTransform, training_image
 from groundwork.pretrain.objectives.contrastive import UNIQUE
 
@@ -40,6 +40,14 @@ class TokenizerConfig:
     path: str | None = None
     vocab_size: int = 8192
 
+    def __post_init__(self) -> None:
+        least = ALPHABET_SIZE + 2
+        if self.path is None and self.vocab_size < least:
+            raise ValueError(
+                f"data.tokenizer.vocab_size is {self.vocab_size}; it must be at least {least}, the "
+                "bytes and the special tokens"
+            )
+
 
 @dataclass(frozen=True)
 class KnowledgeConfig:
@@ -55,6 +63,11 @@ class KnowledgeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.prob <= 1:
             raise ValueError(f"data.knowledge.prob is {self.prob}; it is a probability, 0 to 1")
+        if not self.sources:
+            raise ValueError(
+                "data.knowledge.sources is []; name wn_def, wn_path or both (index: null turns "
+                "knowledge off)"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,8 @@ class ImageTextConfig:
     shards: a data set folder, or a folder or pattern of WebDataset tars.
     templates: `imagenet` draws from the 81 training templates, `plain` uses the bare name.
     bad_sample_budget: fraction of the samples read that may be quarantined before the run stops.
-    workers: decoding processes per rank (0: decode in the rank itself).
+    workers: decoding processes per rank (0: decode in the rank itself). prefetch: batches that
+        each of them decodes ahead.
     """
 
     shards: str
@@ -77,6 +91,21 @@ class ImageTextConfig:
     bad_sample_budget: float = 0.001
     workers: int = 2
     prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.bad_sample_budget <= 1:
+            raise ValueError(
+                f"data.bad_sample_budget is {self.bad_sample_budget}; it is a fraction, 0 to 1"
+            )
+        if self.workers < 0:
+            raise ValueError(
+                f"data.workers is {self.workers}; it must be 0 (decode in the rank itself) or more"
+            )
+        if self.prefetch < (1 if self.workers else 0):
+            raise ValueError(
+                f"data.prefetch is {self.prefetch}; with {self.workers} workers it must be at "
+                "least 1"
+            )
 
 
 class Example(NamedTuple):

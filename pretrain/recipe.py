@@ -8,6 +8,7 @@ check. A resolved recipe is saved beside the checkpoints, and a resumed run must
 import dataclasses
 import difflib
 import json
+import math
 import re
 import types
 import typing
@@ -24,9 +25,12 @@ from groundwork.pretrain.engine.monitor import MonitorConfig
 from groundwork.pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
 from groundwork.pretrain.image_text import ImageTextConfig
 from groundwork.pretrain.models.klite import KliteConfig
+from groundwork.pretrain.models.swin import SwinConfig
 from groundwork.pretrain.objectives.unicl import UniclConfig
 
 RECIPES = Path(__file__).parent / "recipes"
+#: Of steps and of samples in one: their product, the position in the stream, stays below 2**63.
+MAX_COUNT = 2**31 - 1
 
 
 class RecipeError(ValueError):
@@ -51,9 +55,19 @@ class TrainConfig:
     zero_stage: Literal[0, 1, 2, 3] = 3
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("steps", "global_batch", "micro_batch"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= MAX_COUNT:
+                raise ValueError(
+                    f"train.{name} is {value}; it must be at least 1 and at most {MAX_COUNT}"
+                )
+        if not 0 <= self.seed <= MAX_COUNT:
+            raise ValueError(f"train.seed is {self.seed}; it must be 0 to {MAX_COUNT}")
+        if not 0 <= self.gradient_clipping < math.inf:
+            raise ValueError(
+                f"train.gradient_clipping is {self.gradient_clipping}; it is the largest norm of "
+                "the gradient, or 0 for none"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,14 @@ class Recipe:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        tower, size = self.model.image, self.data.image.size
+        if isinstance(tower, SwinConfig) and tower.image_size != size:
+            raise ValueError(
+                f"data.image.size is {size}, but model.image.image_size is {tower.image_size}; "
+                "give both the same number"
+            )
+
 
 _ADAPTER = TypeAdapter(Recipe)
 
@@ -87,10 +109,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = _find(name)
     try:
         text = path.read_text("utf-8")
-        values = yaml.load(text, Loader=_Loader)
-        lines = _lines(yaml.compose(text, Loader=_Loader))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    values, lines = _read_yaml(text, f"{path}:")
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, train, ...)")
     for override in overrides:
@@ -141,10 +162,7 @@ def _apply(values: dict[str, Any], override: str) -> str:
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise RecipeError(f"--set {override}: expected key.path=value, e.g. train.steps=100")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: the value is not valid YAML: {error}") from error
+    value, _ = _read_yaml(text, f"--set {override}: the value is")
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
@@ -159,15 +177,65 @@ def _without(lines: Mapping[str, int], key: str) -> dict[str, int]:
     return {k: line for k, line in lines.items() if k != key and not k.startswith(f"{key}.")}
 
 
+def _read_yaml(text: str, where: str) -> tuple[Any, dict[str, int]]:
+    """The value of a YAML document, and the line of each of its keys. where: begins the error."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else loader.construct_document(node), _lines(node)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{where} not valid YAML: it is nested too deeply") from error
+    finally:
+        loader.dispose()
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number (YAML 1.2), and a key given twice is an error."""
+    """YAML in which 1e-3 is a number (YAML 1.2), keys are words and unique, and nothing holds
+    itself."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.open_anchors: list[str | None] = []
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in self.open_anchors:
+                raise _error(f"*{event.anchor} stands for something that holds it", event)
+            return super().compose_node(parent, index)
+        self.open_anchors.append(event.anchor)
+        node = super().compose_node(parent, index)
+        self.open_anchors.pop()
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # 2020-13-45
+            raise _error(
+                f"{str(node.value)[:60]}: {error}; quote it if it is text", node
+            ) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"key {twice[0]!r} is given twice in the section at line {line}")
-        return super().construct_mapping(node, deep)
+        keys = []
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _error("a key must be a word", key)
+            if key.value in keys:
+                line = node.start_mark.line + 1
+                raise _error(f"key {key.value!r} is given twice in the section at line {line}", key)
+            keys.append(key.value)
+        mapping = super().construct_mapping(node, deep)
+        for key in mapping:
+            if not isinstance(key, str):
+                raise _error(f"key {key!r} is no word; quote it if it is meant", node)
+        return mapping
+
+
+def _error(message: str, place: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, message, place.start_mark)
 
 
 _Loader.add_implicit_resolver(
@@ -178,7 +246,11 @@ _Loader.add_implicit_resolver(
 def _validate(values: dict[str, Any], source: str, lines: Mapping[str, int]) -> Recipe:
     try:
         # as JSON: strict about types (true is no step count), but a list may fill a tuple
-        return _ADAPTER.validate_json(json.dumps(values, default=str), strict=True)
+        text = json.dumps(values, default=str)
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits
+        raise RecipeError(f"{source}: a value is too large for a recipe: {error}") from error
+    try:
+        return _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
         problems = [_explain(problem, source, lines) for problem in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(problems))) from error
@@ -187,7 +259,10 @@ def _validate(values: dict[str, Any], source: str, lines: Mapping[str, int]) -> 
 def _explain(problem: Any, source: str, lines: Mapping[str, int]) -> str:
     steps = _recipe_keys(problem["loc"], problem["type"])
     key = ".".join(steps)
-    line = next((lines[k] for k in _prefixes(key) if k in lines), None)
+    # a check of a whole section names the very key first
+    named = problem["msg"].removeprefix("Value error, ").split(" ", 1)[0]
+    place = named if named.startswith(f"{key}.") or not key else key
+    line = next((lines[k] for k in _prefixes(place) if k in lines), None)
     where = f"{source}:{line}" if line else source
     if problem["type"] == "unexpected_keyword_argument":
         known = _known_keys(steps[:-1])

@@ -41,6 +41,17 @@ class TextConfig:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        if self.context_length < 3:
+            raise ValueError(
+                f"model.text.context_length is {self.context_length}; start token, end token and "
+                "one token of text need at least 3"
+            )
+        for name in ("vocab_size", "width", "layers", "heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.text.{name} is {value}; it must be at least 1")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.text.drop_path is {self.drop_path}; it must be in [0, 1)")
         if self.width % self.heads:
             raise ValueError(
                 f"model.text: width {self.width} is not divisible by {self.heads} heads"

@@ -6,6 +6,7 @@ Parameter names are those of the official checkpoints: `visual.*`, `text.*`, `te
 `vision_projection`, `logit_scale`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, NamedTuple
@@ -53,6 +54,14 @@ class KliteConfig:
     text: TextConfig = field(default_factory=TextConfig)
     projection_dim: int = 512
     logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.projection_dim < 1:
+            raise ValueError(
+                f"model.projection_dim is {self.projection_dim}; it must be at least 1"
+            )
+        if not math.isfinite(self.logit_scale):
+            raise ValueError(f"model.logit_scale is {self.logit_scale}; it must be finite")
 
 
 class Features(NamedTuple):

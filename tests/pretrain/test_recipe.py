@@ -24,7 +24,7 @@ GOOD = """\
 # a comment is a line too
 model:
   kind: klite
-  image: {kind: swin, image_size: 32, embed_dim: 12, depths: [1, 1], num_heads: [2, 2]}
+  image: {kind: swin, image_size: 224, embed_dim: 12, depths: [1, 1], num_heads: [2, 2]}
   text:
     width: 16
     heads: 2
@@ -178,6 +178,67 @@ def test_overrides_are_yaml_and_win(write: Writer) -> None:
 def test_a_wrong_override_is_refused(write: Writer, override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(write(), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.workers=-1", r":9: data\.workers is -1; it must be 0"),
+        ("data={shards: x, prefetch: 0}", r"data\.prefetch is 0; with 2 workers .* at least 1"),
+        ("data.bad_sample_budget=-1", r"data\.bad_sample_budget is -1\.0; .* 0 to 1"),
+        ("data.bad_sample_budget=.nan", r"data\.bad_sample_budget is nan"),
+        ("data.image.size=96", r"data\.image\.size is 96, but model\.image\.image_size is 224"),
+        ("data.image.contrast=.nan", r"data\.image: .*contrast is nan"),
+        ("data.tokenizer.vocab_size=0", r"data\.tokenizer\.vocab_size is 0; .* at least 514"),
+        ("data.knowledge.sources=[]", r"data\.knowledge\.sources is \[\]; name wn_def"),
+        ("model.text.context_length=1", r"model\.text\.context_length is 1; .* at least 3"),
+        ("model.text.heads=0", r"model\.text\.heads is 0; it must be at least 1"),
+        ("model.projection_dim=-3", r"model\.projection_dim is -3; it must be at least 1"),
+        (f"train.steps={10**29}", r"train\.steps is 10{29}; .* at most 2147483647"),
+        ("train.micro_batch=0", r"train\.micro_batch is 0; it must be at least 1"),
+        ("train.seed=-1", r"train\.seed is -1; it must be 0 to"),
+        ("train.gradient_clipping=-1", r"train\.gradient_clipping is -1\.0; .*or 0 for none"),
+        ("train.gradient_clipping=.nan", r"train\.gradient_clipping is nan"),
+        ("train.gradient_clipping=.inf", r"train\.gradient_clipping is inf"),
+    ],
+)
+def test_a_value_that_no_run_could_use_is_refused(
+    write: Writer, override: str, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(), [override])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("2020-13-45", r"2020-13-45: month must be in 1\.\.12; quote it"),
+        ("{[1]: 2}", "a key must be a word"),
+        ("{2020-01-01: 2}", "is no word; quote it"),
+        ("{on: 2}", "key True is no word; quote it"),
+        ("&a [*a]", r"\*a stands for something that holds it"),
+        ("&a {b: *a}", r"\*a stands for something that holds it"),
+        ("[" * 3000, "nested too deeply"),
+        ("1" * 5000, "Exceeds the limit"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_odd_yaml_is_refused_with_its_place(write: Writer, value: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=r"(?s)mine\.yaml: not valid YAML: .*" + message) as told:
+        load_recipe(write("  steps: 10", f"  steps: {value}"))
+    assert "line 12" in str(told.value) or "deeply" in message
+    with pytest.raises(RecipeError, match=rf"(?s)--set model=.*not valid YAML.*{message}"):
+        load_recipe(write(), [f"model={value}"])
+
+
+def test_a_number_too_long_to_write_down_is_refused(write: Writer) -> None:
+    with pytest.raises(RecipeError, match="too large for a recipe"):
+        load_recipe(write(), ["train.steps=0x" + "f" * 5000])
+
+
+def test_a_part_may_be_used_twice(write: Writer) -> None:
+    recipe = load_recipe(write("width: 16", "width: &w 16\n    context_length: *w"))
+    assert recipe.model.text.context_length == 16
 
 
 def test_differences_name_key_and_both_values(write: Writer) -> None:
