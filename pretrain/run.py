@@ -1,18 +1,23 @@
 """A pretraining run: recipe -> data, model, objective, DeepSpeed engine -> loop -> checkpoints."""
 
+import copy
+import hashlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 import yaml
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from groundwork.data.atomic import write_atomically
 from groundwork.data.dataset import Dataset
 from groundwork.data.knowledge.index import KnowledgeIndex
+from groundwork.data.shards import CONCEPTS
 from groundwork.data.stream import BatchPlan
 from groundwork.data.text import ClipTokenizer, load_tokenizer
 from groundwork.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -29,6 +34,7 @@ from groundwork.pretrain.engine.faults import Quarantine
 from groundwork.pretrain.engine.masters import set_masters
 from groundwork.pretrain.engine.monitor import Monitor
 from groundwork.pretrain.engine.optimizer import build_optimizer, lr_at
+from groundwork.pretrain.engine.run_lock import locked_run
 from groundwork.pretrain.engine.stop import StopRequest
 from groundwork.pretrain.engine.trainer import Loop, train
 from groundwork.pretrain.image_text import (
@@ -43,6 +49,8 @@ from groundwork.pretrain.recipe import Recipe, RecipeError, differences, recipe_
 
 TOKENIZER = "tokenizer"
 RECIPE = "recipe.yaml"
+#: Bytes before the header of a knowledge index.
+PRELUDE_BYTES = 24
 
 MODELS: Final[Mapping[str, Callable[[Any], nn.Module]]] = {"klite": build_klite}
 OBJECTIVES: Final[Mapping[str, Callable[..., nn.Module]]] = {"unicl": Unicl}
@@ -64,25 +72,55 @@ def check_inputs(recipe: Recipe, out: Path) -> tuple[Dataset, KnowledgeIndex | N
     Returns the opened data. Raises the error that the user is to see.
     """
     dataset, index = open_training_data(recipe.data)
-    checkpoint = find_checkpoint(out)
-    if checkpoint is not None:
-        state = read_state(checkpoint)
-        changed = differences(state.recipe, recipe_to_dict(recipe))
-        if changed:
-            listed = "\n  ".join(changed[:12])
-            raise CheckpointError(
-                f"{checkpoint} is of another recipe. It differs in (saved -> now):\n  {listed}\n"
-                f"To go on with it, use the recipe it was made with ({out / RECIPE}); to start "
-                "afresh, choose another --out"
-            )
-        if state.dataset != dataset.digest:
-            raise CheckpointError(
-                f"{checkpoint} was made on another data set than {recipe.data.shards} holds now; "
-                "restore those shards, or choose another --out to start afresh"
-            )
-    elif out.exists() and not out.is_dir():
+    _resumable(recipe, out, dataset, index)
+    if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; --out names a folder")
     return dataset, index
+
+
+def _resumable(
+    recipe: Recipe, out: Path, dataset: Dataset, index: KnowledgeIndex | None
+) -> Path | None:
+    """The checkpoint to go on from. Raises CheckpointError where it is of another run than this."""
+    checkpoint = find_checkpoint(out)
+    if checkpoint is None:
+        return None
+    state = read_state(checkpoint)
+    changed = differences(state.recipe, recipe_to_dict(recipe))
+    if changed:
+        listed = "\n  ".join(changed[:12])
+        raise CheckpointError(
+            f"{checkpoint} is of another recipe. It differs in (saved -> now):\n  {listed}\n"
+            f"To go on with it, use the recipe it was made with ({out / RECIPE}); to start "
+            "afresh, choose another --out"
+        )
+    now = digests(dataset, index)
+    for kind, what in (
+        ("dataset", f"on another data set than {recipe.data.shards} holds now"),
+        ("concepts", f"with other class names than {recipe.data.shards} has now ({CONCEPTS})"),
+        ("knowledge", f"with another knowledge index than {recipe.data.knowledge.index} is now"),
+    ):
+        if getattr(state, kind) != now[kind]:
+            raise CheckpointError(
+                f"{checkpoint} was made {what}; put back what was there, or choose another --out "
+                "to start afresh"
+            )
+    return checkpoint
+
+
+def digests(dataset: Dataset, index: KnowledgeIndex | None) -> dict[str, str]:
+    """What tells the content of the data apart, for `RunState`."""
+    concepts = json.dumps([asdict(concept) for concept in dataset.concepts], sort_keys=True)
+    knowledge = ""
+    if index is not None:
+        # holds the checksum of the header, which holds that of the rest
+        with index.path.open("rb") as file:
+            knowledge = file.read(PRELUDE_BYTES).hex()
+    return {
+        "dataset": dataset.digest,
+        "concepts": hashlib.sha256(concepts.encode()).hexdigest(),
+        "knowledge": knowledge,
+    }
 
 
 def pretrain(
@@ -93,18 +131,44 @@ def pretrain(
     dataset: Dataset,
     index: KnowledgeIndex | None,
 ) -> int:
-    """Run `recipe` in folder `out`, from its last checkpoint if it has one. Returns steps done."""
+    """Run `recipe` in folder `out`, from its last checkpoint if it has one. Returns steps done.
+
+    Nothing is written before the folder is locked.
+    """
     plan = batch_plan(recipe, world.size, world.rank)
-    tokenizer = _shared_tokenizer(recipe, out, world, dataset, index)
-    engine, initial = _build_engine(recipe, plan, tokenizer, world)
-    checkpoint = find_checkpoint(out)
-    state = RunState(0, 0, world.size, recipe_to_dict(recipe), dataset.digest, 0)
+    settings = engine_settings(recipe, plan)
+    with locked_run(out, world):
+        return _pretrain(recipe, out, world, stop, dataset, index, plan, settings)
+
+
+def _pretrain(
+    recipe: Recipe,
+    out: Path,
+    world: World,
+    stop: StopRequest,
+    dataset: Dataset,
+    index: KnowledgeIndex | None,
+    plan: BatchPlan,
+    settings: dict[str, Any],
+) -> int:
+    # once more, as another job may have held the folder until now
+    checkpoint = _resumable(recipe, out, dataset, index)
+    is_new = checkpoint is None
+    tokenizer = _shared_tokenizer(recipe, out, world, dataset, index, is_new=is_new)
+    engine, initial = _build_engine(recipe, settings, tokenizer, world)
+    state = RunState(
+        step=0,
+        position=0,
+        world_size=world.size,
+        recipe=recipe_to_dict(recipe),
+        bad_samples=0,
+        **digests(dataset, index),
+    )
     if checkpoint is not None:
         state = replace(load_checkpoint(engine, checkpoint, world), recipe=recipe_to_dict(recipe))
     elif recipe.train.precision == "bf16":
         set_masters(engine, initial)
     if world.is_main:
-        out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / RECIPE, yaml.safe_dump(dict(state.recipe), sort_keys=False).encode())
     monitor = Monitor(
         out,
@@ -187,17 +251,55 @@ def _shared_tokenizer(
     world: World,
     dataset: Dataset,
     index: KnowledgeIndex | None,
+    *,
+    is_new: bool,
 ) -> ClipTokenizer:
-    """The run's tokenizer: made by rank 0 on the first start, read from `out` ever after."""
+    """The run's tokenizer: made by rank 0 for a new run, read from `out` ever after.
+
+    A start that failed before the first checkpoint may have left that of another recipe or data.
+    """
     folder, context = out / TOKENIZER, recipe.model.text.context_length
-    if world.is_main and not folder.is_dir():
+    if world.is_main and (is_new or not folder.is_dir()):
         make_tokenizer(recipe.data.tokenizer, dataset, index, context).save(folder)
     dist.barrier()
     return load_tokenizer(folder, context)
 
 
+def engine_settings(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
+    """DeepSpeed's configuration, as far as DeepSpeed checks it. Raises RecipeError."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    settings = deepspeed_config(
+        global_batch=plan.global_batch,
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+        precision=recipe.train.precision,
+        zero_stage=recipe.train.zero_stage,
+        gradient_clipping=recipe.train.gradient_clipping,
+        overrides=recipe.deepspeed,
+    )
+    try:
+        DeepSpeedConfig(copy.deepcopy(settings))
+    except (
+        *(DeepSpeedConfigError, AssertionError, AttributeError),
+        *(KeyError, TypeError, ValueError),
+    ) as error:
+        problems = str(error) or type(error).__name__
+        if isinstance(error, ValidationError):
+            problems = "; ".join(
+                f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r})"
+                for problem in error.errors()
+            )
+        given = ", ".join(recipe.deepspeed) or "none"
+        raise RecipeError(
+            f"DeepSpeed refuses its configuration: {problems}. Mend the section `deepspeed` of the "
+            f"recipe (its keys: {given}); DeepSpeed's documentation says what each of them takes"
+        ) from error
+    return settings
+
+
 def _build_engine(
-    recipe: Recipe, plan: BatchPlan, tokenizer: ClipTokenizer, world: World
+    recipe: Recipe, settings: dict[str, Any], tokenizer: ClipTokenizer, world: World
 ) -> tuple[Any, dict[str, Tensor]]:
     """The engine, and the initial weights where DeepSpeed rounds them (bf16; empty otherwise)."""
     import deepspeed
@@ -211,15 +313,7 @@ def _build_engine(
     engine, *_ = deepspeed.initialize(
         model=objective,
         optimizer=build_optimizer(objective, recipe.optimizer),
-        config=deepspeed_config(
-            global_batch=plan.global_batch,
-            micro_batch=plan.micro_batch,
-            accumulation=plan.accumulation,
-            precision=recipe.train.precision,
-            zero_stage=recipe.train.zero_stage,
-            gradient_clipping=recipe.train.gradient_clipping,
-            overrides=recipe.deepspeed,
-        ),
+        config=settings,
     )
     torch.manual_seed(recipe.train.seed * 65_537 + world.rank + 1)
     return engine, initial

@@ -57,7 +57,8 @@ class RunState:
 
     step: steps done. position: next global position of the stream.
     recipe: resolved, as JSON values.
-    dataset: digest of the data set. bad_samples: quarantined so far.
+    dataset, concepts, knowledge: digests of the tars, of the classes' names, and of the knowledge
+    index ("" for none). bad_samples: quarantined so far.
     """
 
     step: int
@@ -65,6 +66,8 @@ class RunState:
     world_size: int
     recipe: Mapping[str, Any]
     dataset: str
+    concepts: str
+    knowledge: str
     bad_samples: int
 
 
@@ -135,7 +138,8 @@ def find_checkpoint(path: Path) -> Path | None:
         return path
     latest = path / FOLDER / LATEST
     if latest.is_file():
-        named = path / FOLDER / Path(latest.read_text("utf-8").strip()).name
+        name = latest.read_text("utf-8", errors="replace").strip()
+        named = path / FOLDER / Path(name).name
         if (named / RECORD).is_file():
             return named
     complete = complete_checkpoints(path)
@@ -164,7 +168,7 @@ def read_state(checkpoint: Path) -> RunState:
         return RunState(**{field: record[field] for field in RunState.__dataclass_fields__})
     except KeyError as error:
         raise CheckpointError(
-            f"{checkpoint / RECORD}: no {error} in it; use another one"
+            f"{checkpoint / RECORD}: no {error} in it. {_without(checkpoint)}"
         ) from error
 
 
@@ -180,10 +184,8 @@ def verify_files(checkpoint: Path) -> None:
         elif _crc32c(path) != checksum:
             problems.append(f"{name} fails its checksum")
     if problems:
-        others = [p.name for p in complete_checkpoints(checkpoint.parent.parent) if p != checkpoint]
-        other = f"; other checkpoints here: {', '.join(others)}" if others else ""
         raise CheckpointError(
-            f"{checkpoint}: damaged: {'; '.join(problems)}. Delete it to use an earlier one{other}"
+            f"{checkpoint}: damaged: {'; '.join(problems)}. {_without(checkpoint)}"
         )
 
 
@@ -239,9 +241,20 @@ def _record(checkpoint: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if record["format"] != FORMAT:
             raise ValueError(f"format is {record['format']!r}")
+        if not isinstance(record["files"], dict):
+            raise TypeError("files is no object")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a groundwork checkpoint: {error}") from error
+        raise CheckpointError(
+            f"{path}: not the record of a complete checkpoint: {error}. {_without(checkpoint)}"
+        ) from error
     return record
+
+
+def _without(checkpoint: Path) -> str:
+    """What to do about a checkpoint that cannot be used."""
+    others = [p.name for p in complete_checkpoints(checkpoint.parent.parent) if p != checkpoint]
+    then = f"goes on from {others[-1]}" if others else "starts afresh, as no other one is here"
+    return f"Delete the folder {checkpoint}: the run then {then}"
 
 
 def _random_states() -> dict[str, Any]:

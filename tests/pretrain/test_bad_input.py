@@ -12,6 +12,8 @@ from groundwork.data.dataset import open_dataset
 from groundwork.data.samples import Sample
 from groundwork.data.shards import read_concepts, write_shards
 from groundwork.pretrain.engine.checkpoint import complete_checkpoints, read_state
+from groundwork.pretrain.recipe import RecipeError, load_recipe
+from groundwork.pretrain.run import batch_plan, engine_settings
 
 pytestmark = pytest.mark.multirank
 
@@ -106,6 +108,22 @@ def test_a_truncated_tar_is_named_before_the_start(
     status, text = run(start_job, tiny_recipe, out, f"data.shards={shards}")
     assert_one_message(status, text, "train-000001.tar", "truncated")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("deepspeed.zero_optimization.stage=7", "stage: .*got 7"),
+        ("deepspeed.zero_optimization=7", "must be a mapping"),
+        ("deepspeed.train_batch_size=33", "train_batch_size"),
+    ],
+)
+def test_what_deepspeed_refuses_is_an_error_of_the_recipe(
+    setting: str, named: str, tiny_recipe: Path
+) -> None:
+    recipe = load_recipe(str(tiny_recipe), [setting, "train.micro_batch=16"])
+    with pytest.raises(RecipeError, match=f"{named}.*section `deepspeed`"):
+        engine_settings(recipe, batch_plan(recipe, 1, 0))
 
 
 def test_a_folder_with_another_model_is_refused(
