@@ -89,7 +89,9 @@ class _SplitWriter:
         if self.tar is None:
             return
         path = self.path()
-        self.abandon()
+        self.tar.close()
+        self.file.close()
+        self.tar = None
         write_index(scan_tar(path), index_path(path))
         self.shards.append(Shard(path.name, self.samples, path.stat().st_size, file_checksum(path)))
         self.samples = self.bytes = 0
@@ -97,7 +99,8 @@ class _SplitWriter:
     def abandon(self) -> None:
         """Close the file of the present tar, which is not taken up in `shards`."""
         if self.tar is not None:
-            self.tar.close()
+            # closing the tar itself would write its end, which on a full disk fails once more
+            self.tar.tarstream.fileobj.closed = True
             self.file.close()
             self.tar = None
 

@@ -1,6 +1,8 @@
 """Where results are written: nothing of the user's is lost, and what cannot be written is named."""
 
+import gc
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -208,3 +210,21 @@ def test_the_first_rank_of_a_node_speaks_and_the_others_give_it_time(
     assert "error (rank 8): a.tar" in capsys.readouterr().err
     assert fail(1, "1", monkeypatch) > 0
     assert "error (rank 1): a.tar" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_a_data_set_with_one_message(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # EFBIG in place of ENOSPC
+    try:
+        assert build(pictures, tmp_path / "out") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    gc.collect()
+    message = capfd.readouterr().err
+    assert f"{tmp_path / 'out'}: File too large" in message
+    assert "Traceback" not in message
+    assert sorted(tmp_path.iterdir()) == [pictures]
