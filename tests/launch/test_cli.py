@@ -65,6 +65,8 @@ def other_run(tmp_path: Path, shards: Path) -> Path:
         "world_size": 1,
         "recipe": recipe,
         "dataset": "",
+        "concepts": "",
+        "knowledge": "",
         "bad_samples": 0,
         "files": {"rank-00000.pt": [10, 0]},
     }

@@ -54,6 +54,8 @@ class Commands:
             "world_size": 2,
             "recipe": recipe_to_dict(load_recipe("klite_emoji", overrides)),
             "dataset": "",
+            "concepts": "",
+            "knowledge": "",
             "bad_samples": 0,
             "files": {},
         }

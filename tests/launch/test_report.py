@@ -92,6 +92,8 @@ def run(tmp_path: Path) -> Path:
         "world_size": 2,
         "recipe": recipe,
         "dataset": "abc/train",
+        "concepts": "",
+        "knowledge": "",
         "bad_samples": 0,
         "files": {},
     }
