@@ -3,27 +3,71 @@
 import logging
 import os
 import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 
-from groundwork.launch.errors import reporting
-from groundwork.launch.ranks import run_ranks
+import typer
+
+from groundwork.launch.errors import expected_errors, reporting
+from groundwork.launch.ranks import STOP_SIGNALS, run_ranks
 from groundwork.launch.terminal import foreground
+
+#: Longest --timeout, a week, in seconds.
+LONGEST_TIMEOUT = 604_800
 
 
 def start(recipe: str, out: str, overrides: list[str], ranks: int, timeout_s: float) -> int:
     """Run a recipe. Returns the exit status: 0 also after a polite stop, which is resumable."""
+    if ranks < 1:
+        raise typer.BadParameter(
+            f"{ranks} processes cannot train; give 1 or more", param_hint="--ranks"
+        )
+    if not 1 <= timeout_s <= LONGEST_TIMEOUT:
+        raise typer.BadParameter(
+            f"{timeout_s:g} is not between 1 and {LONGEST_TIMEOUT:,} seconds",
+            param_hint="--timeout",
+        )
+    early = _note_signals()
     if ranks > 1 and "RANK" not in os.environ:
         arguments = ["pretrain", recipe, "--out", out]
         for override in overrides:
             arguments += ["--set", override]
-        return run_ranks([*arguments, "--timeout", str(timeout_s)], ranks)
+        return run_ranks([*arguments, "--timeout", str(timeout_s)], ranks, early)
     rank = int(os.environ.get("RANK", "0"))
-    return reporting(lambda: _run_rank(recipe, out, overrides, rank, timeout_s), rank=rank)
+    return reporting(lambda: _run_rank(recipe, out, overrides, rank, timeout_s, early), rank=rank)
 
 
-def _run_rank(recipe_name: str, out: str, overrides: list[str], rank: int, timeout_s: float) -> int:
+def _note_signals() -> list[int]:
+    """Collect stop signals from now on: imports and start-up take seconds, which one must survive.
+
+    The job starts and then stops in good order, as a rank that left alone would make others wait.
+    A second Ctrl-C interrupts at once.
+    """
+    early: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in early:
+            raise KeyboardInterrupt
+        early.append(number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, note)
+    # run_ranks starts its ranks with these blocked, so that none is lost before this line
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    return early
+
+
+def _run_rank(
+    recipe_name: str,
+    out: str,
+    overrides: list[str],
+    rank: int,
+    timeout_s: float,
+    early: list[int],
+) -> int:
     _quieten()
     from groundwork.pretrain.engine.deepspeed_config import (
         prepare_environment,
@@ -36,9 +80,15 @@ def _run_rank(recipe_name: str, out: str, overrides: list[str], rank: int, timeo
     from groundwork.pretrain.run import batch_plan, check_inputs, pretrain
 
     stop = StopRequest()
-    recipe = load_recipe(recipe_name, overrides)
-    batch_plan(recipe, int(os.environ.get("WORLD_SIZE", "1")), rank)
-    dataset, index = check_inputs(recipe, Path(out))
+    stop.requested = stop.requested or bool(early)
+    try:
+        recipe = load_recipe(recipe_name, overrides)
+        batch_plan(recipe, int(os.environ.get("WORLD_SIZE", "1")), rank)
+        dataset, index = check_inputs(recipe, Path(out))
+    except expected_errors():
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 1  # the first rank of this machine sees the same files, and says so
+        raise
     world = start_process_group(timeout_s)
     with foreground(enabled=world.is_main):
         done = pretrain(recipe, Path(out), world, stop, dataset, index)

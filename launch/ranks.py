@@ -6,17 +6,24 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
+from typing import Final
 
 #: Seconds that ranks get to save and leave, after a stop signal or after another rank has died.
 GRACE_AFTER_STOP = 600.0
 GRACE_AFTER_DEATH = 30.0
+#: Exit status of a rank that Ctrl-C has interrupted without saving.
+INTERRUPTED = 130
+#: Signals that ask a job to save and end.
+STOP_SIGNALS: Final[tuple[int, ...]] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def run_ranks(arguments: list[str], ranks: int) -> int:
+def run_ranks(arguments: list[str], ranks: int, early: Sequence[int] = ()) -> int:
     """Run `groundwork ARGUMENTS` as `ranks` processes. Returns 0 when all of them ended well.
 
-    SIGINT and SIGTERM are passed on once; the ranks save and end with 0, and so does this.
+    Stop signals are passed on; the ranks save and end with 0, and so does this. A second Ctrl-C
+    interrupts them: 130. early: stop signals that have arrived before.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -30,6 +37,8 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
         "GROUNDWORK_RANKS": str(ranks),
     }
     command = [sys.executable, "-m", "groundwork.launch.cli", *arguments]
+    # until a rank has handlers of its own the signals wait for it
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     processes = [
         subprocess.Popen(
             command,
@@ -53,8 +62,11 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
+    for number in early:
+        pass_on(number, None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     deadline = None
     failed: int | None = None
     while any(process.poll() is None for process in processes):
@@ -64,9 +76,11 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
             failed = next((r for r, p in enumerate(processes) if p.poll() not in (None, 0)), None)
             if failed is not None:
                 status = processes[failed].returncode
-                print(
-                    f"rank {failed} ended with status {status}; ending the others", file=sys.stderr
-                )
+                if status != INTERRUPTED or not stopped:
+                    print(
+                        f"rank {failed} ended with status {status}; ending the others",
+                        file=sys.stderr,
+                    )
                 deadline = now + GRACE_AFTER_DEATH
                 for process in processes:
                     process.terminate()
@@ -75,4 +89,7 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
         if deadline is not None and now > deadline:
             for process in processes:
                 process.kill()
-    return 0 if all(process.returncode == 0 for process in processes) else 1
+    statuses = {process.returncode for process in processes}
+    if stopped and INTERRUPTED in statuses:
+        return INTERRUPTED
+    return 0 if statuses == {0} else 1

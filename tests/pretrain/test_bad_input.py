@@ -11,6 +11,7 @@ import pytest
 from groundwork.data.dataset import open_dataset
 from groundwork.data.samples import Sample
 from groundwork.data.shards import read_concepts, write_shards
+from groundwork.launch.cli import main
 from groundwork.pretrain.engine.checkpoint import complete_checkpoints, read_state
 from groundwork.pretrain.recipe import RecipeError, load_recipe
 from groundwork.pretrain.run import batch_plan, engine_settings
@@ -18,11 +19,18 @@ from groundwork.pretrain.run import batch_plan, engine_settings
 pytestmark = pytest.mark.multirank
 
 
-def run(start_job: Callable[..., Any], recipe: Path, out: Path, *settings: str) -> tuple[int, str]:
-    arguments = ["pretrain", str(recipe), "--out", str(out)]
+def run(
+    start_job: Callable[..., Any],
+    recipe: Path,
+    out: Path,
+    *settings: str,
+    launcher: str = "groundwork",
+) -> tuple[int, str]:
+    arguments = ["pretrain"] if launcher == "groundwork" else []
+    arguments += [str(recipe), "--out", str(out)]
     for setting in ("train.steps=6", *settings):
         arguments += ["--set", setting]
-    job = start_job(*arguments, launcher="groundwork")
+    job = start_job(*arguments, launcher=launcher)
     return job.wait(), job.text()
 
 
@@ -105,8 +113,23 @@ def test_a_truncated_tar_is_named_before_the_start(
     tar = shards / "train-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-5000])
     out = tmp_path / "run"
-    status, text = run(start_job, tiny_recipe, out, f"data.shards={shards}")
+    # both ranks of this launcher see it at about the same time
+    settings = (f"data.shards={shards}",)
+    status, text = run(start_job, tiny_recipe, out, *settings, launcher="deepspeed")
     assert_one_message(status, text, "train-000001.tar", "truncated")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--ranks", "0"), ("--ranks", "-1"), ("--timeout", "-1"), ("--timeout", "nan")],
+)
+def test_ranks_and_timeout_are_checked(
+    option: str, value: str, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["pretrain", str(tiny_recipe), "--out", str(out), option, value]) == 2
+    assert f"Invalid value for {option}" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -111,6 +111,20 @@ def test_sigterm_saves_and_the_printed_command_goes_on(
     assert_same_run(out, uninterrupted)
 
 
+def test_sigterm_while_the_ranks_start_ends_the_job_well(
+    start_job: Callable[..., Any], tiny_recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    job = start_job(
+        *("pretrain", str(tiny_recipe), "--out", str(out), "--ranks", "2"), launcher="groundwork"
+    )
+    job.wait_for(lambda: len(psutil.Process(job.process.pid).children()) == 2)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 0, job.text()
+    assert f"stopped after step 0 of {STEPS}" in job.text()
+    assert "ended with status" not in job.text()
+
+
 def test_only_the_last_checkpoints_are_kept(uninterrupted: Path) -> None:
     assert [c.name for c in complete_checkpoints(uninterrupted)] == [
         "step-00000035",
