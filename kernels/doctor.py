@@ -13,6 +13,7 @@ from groundwork.kernels.host_compiler import (
     find_compiler,
     instruction_set,
 )
+from groundwork.kernels.optional_backends import apex_problem, choose_adamw
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ def kernel_statuses() -> list[KernelStatus]:
     return [
         _dcnv3_on_cpu(),
         *map(_dcnv3_on_cuda, range(torch.cuda.device_count())),
+        _adamw("cuda" if torch.cuda.is_available() else "cpu"),
         KernelStatus("modulated_deform_conv2d", "all", "torchvision", "delegates to torchvision"),
     ]
 
@@ -68,3 +70,9 @@ def _dcnv3_on_cuda(device: int) -> KernelStatus:
             detail = f"{name}, sm_{major}{minor}; NVRTC, {built}, in {cache_folder()}"
             return KernelStatus("dcnv3, dcnv4", f"cuda:{device}", "cuda", detail)
     return KernelStatus("dcnv3, dcnv4", f"cuda:{device}", "reference", f"{name}: {reason}")
+
+
+def _adamw(device: str) -> KernelStatus:
+    choice = choose_adamw("auto", device)
+    apex = apex_problem() or "apex is installed: optimizer.backend=apex uses it"
+    return KernelStatus("adamw", device, choice.backend, f"{choice.reason}; {apex}")

@@ -7,12 +7,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from groundwork.kernels.optional_backends import AdamWBackend, choose_adamw
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019). lr: the peak, for the recipe's global batch."""
+    """AdamW (Loshchilov & Hutter 2019). lr: the peak, for the recipe's global batch.
+
+    backend: whose implementation; `auto` is torch's, fused on a GPU.
+    """
 
     kind: Literal["adamw"] = "adamw"
+    backend: AdamWBackend = "auto"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -89,7 +95,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return choose_adamw(config.backend, device).build(
         parameter_groups(model, config.weight_decay),
         lr=config.lr,
         betas=config.betas,

@@ -1,0 +1,71 @@
+"""The choice of AdamW's implementation."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from groundwork.kernels.optional_backends import BackendError, apex_problem, choose_adamw
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on the import path where a package `apex` can be put."""
+    before = {name for name in sys.modules if name.split(".")[0] == "apex"}
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [n for n in sys.modules if n.split(".")[0] == "apex" and n not in before]:
+        del sys.modules[name]
+
+
+def put_apex(folder: Path, modules: list[str]) -> None:
+    for module in ("", *modules):
+        package = folder / "apex" / module
+        package.mkdir(exist_ok=True)
+        (package / "__init__.py").write_text("class FusedAdam:\n    pass\n")
+
+
+def test_auto_is_torchs_and_fused_on_a_gpu_only() -> None:
+    assert choose_adamw("auto", "cpu").backend == "torch"
+    assert choose_adamw("auto", "cuda").backend == "torch_fused"
+
+
+@pytest.mark.parametrize("backend", ["torch", "torch_fused"])
+def test_the_implementations_take_the_same_steps(backend: str) -> None:
+    settings = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
+    results = []
+    for name in ("torch", backend):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(5, 3))
+        optimizer = choose_adamw(name, "cpu").build([{"params": [weight]}], **settings)  # type: ignore[arg-type]
+        for step in range(3):
+            weight.grad = torch.full_like(weight, step + 1.0)
+            optimizer.step()
+        results.append(weight.detach())
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("backend", ["apex", "deepspeed"])
+def test_gpu_implementations_are_refused_on_the_cpu(backend: str) -> None:
+    with pytest.raises(BackendError, match=f"'{backend}' needs a GPU; use 'auto'"):
+        choose_adamw(backend, "cpu")  # type: ignore[arg-type]
+
+
+def test_a_missing_apex_is_named(installed: Path) -> None:
+    if apex_problem() is None:
+        pytest.skip("apex is installed")
+    with pytest.raises(BackendError, match="apex is not installed"):
+        choose_adamw("apex", "cuda")
+
+
+def test_the_other_package_called_apex_is_not_mistaken_for_nvidias(installed: Path) -> None:
+    put_apex(installed, [])
+    with pytest.raises(BackendError, match=r"not NVIDIA's: it has no apex\.optimizers"):
+        choose_adamw("apex", "cuda")
+
+
+def test_nvidias_apex_is_recognised_by_its_submodules(installed: Path) -> None:
+    put_apex(installed, ["optimizers", "normalization", "multi_tensor_apply"])
+    assert choose_adamw("apex", "cuda").backend == "apex"
