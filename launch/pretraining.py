@@ -12,7 +12,7 @@ from types import FrameType
 import typer
 
 from groundwork.launch.errors import expected_errors, reporting
-from groundwork.launch.ranks import STOP_SIGNALS, run_ranks
+from groundwork.launch.ranks import STOP_SIGNALS, STOPPED_EARLY, STOPPED_LINE, run_ranks
 from groundwork.launch.terminal import foreground
 
 #: Longest --timeout, a week, in seconds.
@@ -43,7 +43,6 @@ def start(recipe: str, out: str, overrides: list[str], ranks: int, timeout_s: fl
 def _note_signals() -> list[int]:
     """Collect stop signals from now on: imports and start-up take seconds, which one must survive.
 
-    The job starts and then stops in good order, as a rank that left alone would make others wait.
     A second Ctrl-C interrupts at once.
     """
     early: list[int] = []
@@ -69,6 +68,8 @@ def _run_rank(
     early: list[int],
 ) -> int:
     _quieten()
+    if early and (status := _stopped_early()) is not None:
+        return status
     from groundwork.pretrain.engine.deepspeed_config import (
         prepare_environment,
         start_process_group,
@@ -89,6 +90,8 @@ def _run_rank(
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 1  # the first rank of this machine sees the same files, and says so
         raise
+    if stop.requested and (status := _stopped_early()) is not None:
+        return status
     world = start_process_group(timeout_s)
     with foreground(enabled=world.is_main):
         done = pretrain(recipe, Path(out), world, stop, dataset, index)
@@ -102,6 +105,20 @@ def _run_rank(
         else:
             print(f"\ndone: {done} steps, checkpoints in {out}/checkpoints", flush=True)
     return 0
+
+
+def _stopped_early() -> int | None:
+    """The exit status of a rank asked to stop before it has joined the others, if it may leave.
+
+    None under a launcher of others, which would not tell the other ranks: then the job starts, and
+    stops in good order before its first step.
+    """
+    if "GROUNDWORK_RANKS" in os.environ:
+        return STOPPED_EARLY
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        print(STOPPED_LINE, flush=True)
+        return 0
+    return None
 
 
 def _command(world_size: int) -> str:

@@ -15,6 +15,9 @@ GRACE_AFTER_STOP = 600.0
 GRACE_AFTER_DEATH = 30.0
 #: Exit status of a rank that Ctrl-C has interrupted without saving.
 INTERRUPTED = 130
+#: Exit status of a rank that was asked to stop before it had joined the others.
+STOPPED_EARLY = 75
+STOPPED_LINE = "\nstopped before the first step; the same command starts again"
 #: Signals that ask a job to save and end.
 STOP_SIGNALS: Final[tuple[int, ...]] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -72,7 +75,11 @@ def run_ranks(arguments: list[str], ranks: int, early: Sequence[int] = ()) -> in
     while any(process.poll() is None for process in processes):
         time.sleep(0.1)
         now = time.monotonic()
-        if failed is None:
+        if stopped and any(process.poll() == STOPPED_EARLY for process in processes):
+            # no rank can be past the start: it takes all of them
+            for process in processes:
+                process.kill()
+        elif failed is None:
             failed = next((r for r, p in enumerate(processes) if p.poll() not in (None, 0)), None)
             if failed is not None:
                 status = processes[failed].returncode
@@ -92,4 +99,7 @@ def run_ranks(arguments: list[str], ranks: int, early: Sequence[int] = ()) -> in
     statuses = {process.returncode for process in processes}
     if stopped and INTERRUPTED in statuses:
         return INTERRUPTED
+    if stopped and STOPPED_EARLY in statuses and statuses <= {STOPPED_EARLY, -signal.SIGKILL}:
+        print(STOPPED_LINE, flush=True)
+        return 0
     return 0 if statuses == {0} else 1
