@@ -8,6 +8,11 @@ from typing import Any
 #: Tar extensions that hold an encoded image, in the order in which a reader looks for them.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
+#: Label of a sample that belongs to no class.
+NO_CLASS = -1
+#: Labels travel as int64.
+MAX_LABEL = 2**63 - 1
+
 
 class SampleError(ValueError):
     """A sample that cannot be used; the message says what is wrong with it."""
@@ -50,6 +55,16 @@ class Sample:
             "txt": self.text.encode("utf-8"),
             "json": json.dumps(self.info, ensure_ascii=False, sort_keys=True).encode("utf-8"),
         }
+
+
+def class_label(sample: Sample) -> int:
+    """The class index of a sample, or NO_CLASS. Raises SampleError where it is neither."""
+    label = sample.info.get("label", NO_CLASS)
+    if type(label) is not int or not NO_CLASS <= label <= MAX_LABEL:
+        raise SampleError(
+            f"json.label is {repr(label)[:60]}; expected a class index, or {NO_CLASS} for none"
+        )
+    return label
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from groundwork.launch.doctor import app as kernels_app
+from groundwork.launch.doctor import doctor
 from groundwork.launch.evaluation import app as evaluation_app
-from groundwork.launch.kernels import app as kernels_app
-from groundwork.launch.kernels import doctor
 from groundwork.launch.knowledge import app as knowledge_app
 from groundwork.launch.recipes import app as recipe_app
 from groundwork.launch.shards import app as shards_app

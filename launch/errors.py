@@ -48,11 +48,13 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from groundwork.data.sources.errors import SourceError
     from groundwork.data.stream import UnreadableDataError
     from groundwork.data.text import TokenizerError
+    from groundwork.kernels.optional_backends import BackendError
     from groundwork.pretrain.engine.checkpoint import CheckpointError
     from groundwork.pretrain.recipe import RecipeError
     from groundwork.pretrain.weights.huggingface import ExportError
 
     return (
+        BackendError,
         CheckpointError,
         ExportError,
         KnowledgeError,

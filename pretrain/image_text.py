@@ -19,14 +19,11 @@ from groundwork.data.knowledge.augment import augment_prompt, training_path_text
 from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.knowledge.senses import Knowledge, find_knowledge
 from groundwork.data.knowledge.templates import TRAINING_TEMPLATES, clean_class_name
-from groundwork.data.samples import Concept, Sample, SampleError
+from groundwork.data.samples import Concept, Sample, SampleError, class_label
 from groundwork.data.stream import Stream
 from groundwork.data.text import ALPHABET_SIZE, ClipTokenizer, load_tokenizer, train_tokenizer
 from groundwork.data.transforms import ImageTransform, training_image
 from groundwork.pretrain.objectives.contrastive import UNIQUE
-
-#: Labels travel as int64.
-MAX_LABEL = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -138,10 +135,7 @@ class ImageTextDecoder:
         self._found: dict[str, Knowledge | None] = {}
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Example:
-        label = sample.info.get("label", UNIQUE)
-        if type(label) is not int or not UNIQUE <= label <= MAX_LABEL:
-            shown = repr(label)[:60]
-            raise SampleError(f"json.label is {shown}; expected a class index, or -1 for none")
+        label = class_label(sample)
         image = training_image(sample.image, self.image, rng)
         if label == UNIQUE:
             if not sample.text:

@@ -23,7 +23,7 @@ from groundwork.data.dataset import Dataset
 from groundwork.data.knowledge.augment import augment_prompt, knowledge_items
 from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.knowledge.templates import clean_class_name
-from groundwork.data.samples import Concept, SampleError
+from groundwork.data.samples import Concept, SampleError, class_label
 from groundwork.data.text import ClipTokenizer
 from groundwork.data.transforms import ImageTransform, evaluation_image
 
@@ -122,16 +122,22 @@ def class_features(
 def picture_features(
     objective: nn.Module, dataset: Dataset, transform: ImageTransform, batch: int = 256
 ) -> Pictures:
-    """Encode every labelled picture of a split; bad ones raise SampleError with their key."""
+    """Encode every picture of a split; a bad one, or one of no concept, raises SampleError."""
+    known = {concept.label for concept in dataset.concepts}
     labels, numbers, features, images = [], [], [], []
     for number in range(len(dataset)):
         try:
             sample = dataset.read(number)
+            label = class_label(sample)
+            if label not in known:
+                raise SampleError(
+                    f"json.label is {label}, which is none of the data set's concepts"
+                )
             images.append(evaluation_image(sample.image, transform))
         except SampleError as error:
             shard, key = dataset.where(number)
             raise SampleError(f"{shard}: sample {key!r}: {error}") from error
-        labels.append(int(sample.info.get("label", -1)))
+        labels.append(label)
         numbers.append(number)
         if len(images) == batch or number == len(dataset) - 1:
             pixels = objective.normalise(torch.stack(images), torch.float32)  # type: ignore[operator]

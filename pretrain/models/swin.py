@@ -37,6 +37,14 @@ class SwinConfig:
                 f"model.image: depths has {len(self.depths)} stages, num_heads has "
                 f"{len(self.num_heads)}; give one head count per stage"
             )
+        for name in ("image_size", "patch_size", "embed_dim", "window_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.image: {name} is {getattr(self, name)}; give at least 1")
+        if not self.depths or min(self.depths) < 0 or min(self.num_heads) < 1:
+            raise ValueError(
+                f"model.image: depths is {list(self.depths)} and num_heads {list(self.num_heads)}; "
+                "give at least one stage, 0 or more blocks each, 1 or more heads"
+            )
         stride = self.patch_size * 2 ** (len(self.depths) - 1)
         if self.image_size % stride:
             raise ValueError(

@@ -343,6 +343,9 @@ def test_the_image_tower_may_be_internimage() -> None:
         ({"depths": (2, 2)}, "one head count per stage"),
         ({"image_size": 220}, "not a multiple of 32"),
         ({"embed_dim": 100}, "not divisible by its 3 heads"),
+        ({"num_heads": (0, 6, 12, 24)}, "1 or more heads"),
+        ({"depths": (), "num_heads": ()}, "give at least one stage"),
+        ({"patch_size": 0}, "patch_size is 0; give at least 1"),
     ],
 )
 def test_swin_settings_that_cannot_work_are_refused(
