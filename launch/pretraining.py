@@ -11,7 +11,7 @@ from types import FrameType
 
 import typer
 
-from groundwork.launch.errors import expected_errors, reporting
+from groundwork.launch.errors import reporting
 from groundwork.launch.ranks import STOP_SIGNALS, STOPPED_EARLY, STOPPED_LINE, run_ranks
 from groundwork.launch.terminal import foreground
 
@@ -82,14 +82,9 @@ def _run_rank(
 
     stop = StopRequest()
     stop.requested = stop.requested or bool(early)
-    try:
-        recipe = load_recipe(recipe_name, overrides)
-        batch_plan(recipe, int(os.environ.get("WORLD_SIZE", "1")), rank)
-        dataset, index = check_inputs(recipe, Path(out))
-    except expected_errors():
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            return 1  # the first rank of this machine sees the same files, and says so
-        raise
+    recipe = load_recipe(recipe_name, overrides)
+    batch_plan(recipe, int(os.environ.get("WORLD_SIZE", "1")), rank)
+    dataset, index = check_inputs(recipe, Path(out))
     if stop.requested and (status := _stopped_early()) is not None:
         return status
     world = start_process_group(timeout_s)
