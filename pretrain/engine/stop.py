@@ -15,7 +15,8 @@ import torch.distributed as dist
 class StopRequest:
     """Set by SIGTERM, SIGUSR1 or Ctrl-C, and when a launcher above this process has died.
 
-    A second Ctrl-C interrupts at once, without saving.
+    A third Ctrl-C interrupts at once, without saving; the second does not, as torchrun and the
+    terminal may each deliver one.
     """
 
     def __init__(self) -> None:
