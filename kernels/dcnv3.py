@@ -25,6 +25,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from groundwork.kernels import dcnv3_cpu, dcnv3_cuda, dcnv3_reference
 from groundwork.kernels.dcnv3_geometry import Geometry, Size2d, check_tensors, make_geometry
@@ -90,7 +91,9 @@ def dcnv3(
         raise ValueError(
             f"dcnv3: backend {backend!r} is unknown; choose one of {', '.join(('auto', *BACKENDS))}"
         )
-    output: Tensor = _dcnv3_op(
+    if _is_eager(value, offset, mask):
+        return _Dcnv3.apply(value, offset, mask, geometry, softmax, backend)
+    return _dcnv3_op(
         value,
         offset,
         mask,
@@ -104,7 +107,6 @@ def dcnv3(
         softmax,
         backend,
     )
-    return output
 
 
 def choose_backend(name: str, value: Tensor, offset: Tensor, mask: Tensor) -> str:
@@ -115,6 +117,60 @@ def choose_backend(name: str, value: Tensor, offset: Tensor, mask: Tensor) -> st
     if reason is not None:
         raise ValueError(f"dcnv3: backend {name!r} cannot run: {reason}; use backend='auto'")
     return name
+
+
+# ---- eager: half of a registered op's overhead, which a GPU would wait for ----
+
+
+def _is_eager(*tensors: Tensor) -> bool:
+    """Whether plain tensors are computed now: nothing traces, fakes or counts the op."""
+    return (
+        not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None
+        and all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    )
+
+
+class _Dcnv3(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        offset: Tensor,
+        mask: Tensor,
+        geometry: Geometry,
+        softmax: bool,
+        backend: str,
+    ) -> Tensor:
+        chosen = BACKENDS[choose_backend(backend, value, offset, mask)]
+        ctx.save_for_backward(value, offset, mask)
+        ctx.arguments = (geometry, softmax, chosen)
+        return chosen.forward(value, offset, mask, geometry, softmax)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        gradients = _Dcnv3Backward.apply(grad_output, *ctx.saved_tensors, *ctx.arguments)
+        return (*gradients, None, None, None)
+
+
+class _Dcnv3Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_output: Tensor,
+        value: Tensor,
+        offset: Tensor,
+        mask: Tensor,
+        geometry: Geometry,
+        softmax: bool,
+        chosen: Backend,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return chosen.backward(grad_output, value, offset, mask, geometry, softmax)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        _refuse_second_derivative(ctx, *gradients)
+        return ()
 
 
 # ---- registration: fake kernels, autograd; the backend is chosen when the op runs ----
