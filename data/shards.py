@@ -190,12 +190,18 @@ def _encode(record: Any) -> bytes:
 
 
 def is_data_set(directory: Path) -> bool:
-    """Whether `write_shards` made this folder, be it damaged by now."""
+    """Whether `write_shards` made this folder, be it damaged by now, and all that is in it."""
     try:
         record = json.loads((directory / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            return False
+        tars = {shard["file"] for shards in record["splits"].values() for shard in shards}
+        present = {entry.name for entry in directory.iterdir() if not entry.is_dir()}
+        has_folder = len(present) < sum(1 for _ in directory.iterdir())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return False
-    return isinstance(record, dict) and record.get("format") == FORMAT
+    side_cars = {str(Path(tar).with_suffix(".idx")) for tar in tars}
+    return not has_folder and present <= {MANIFEST, CONCEPTS} | tars | side_cars
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -138,7 +138,8 @@ def _is_built(out: Path, source: dict[str, Any], overwrite: bool, inputs: Sequen
         )
     if not out.is_dir() or any(out.iterdir()):
         raise ShardError(
-            f"{out} exists and is no data set, so nothing there is replaced; choose another --out"
+            f"{out} exists and is no data set, or holds files beside one, so nothing there is "
+            "replaced; choose another --out, or move those files away"
         )
     return False
 

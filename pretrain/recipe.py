@@ -114,9 +114,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     values, lines = _read_yaml(text, f"{path}:")
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, train, ...)")
+    places = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
-        lines = _without(lines, _apply(values, override))
-    return _validate(values, str(path), lines)
+        places = _overridden(places, _apply(values, override), override)
+    return _validate(values, str(path), places)
 
 
 def recipe_from_dict(values: Mapping[str, Any], source: str) -> Recipe:
@@ -172,9 +173,10 @@ def _apply(values: dict[str, Any], override: str) -> str:
     return key
 
 
-def _without(lines: Mapping[str, int], key: str) -> dict[str, int]:
-    """Line numbers without those of an overridden key: what is wrong there is not in the file."""
-    return {k: line for k, line in lines.items() if k != key and not k.startswith(f"{key}.")}
+def _overridden(places: Mapping[str, str], key: str, override: str) -> dict[str, str]:
+    """The places of keys, where that of an overridden one and all below is the command line."""
+    kept = {k: v for k, v in places.items() if k != key and not k.startswith(f"{key}.")}
+    return {**kept, key: f"--set {override}"}
 
 
 def _read_yaml(text: str, where: str) -> tuple[Any, dict[str, int]]:
@@ -243,7 +245,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _validate(values: dict[str, Any], source: str, lines: Mapping[str, int]) -> Recipe:
+def _validate(values: dict[str, Any], source: str, places: Mapping[str, str]) -> Recipe:
     try:
         # as JSON: strict about types (true is no step count), but a list may fill a tuple
         text = json.dumps(values, default=str)
@@ -252,18 +254,17 @@ def _validate(values: dict[str, Any], source: str, lines: Mapping[str, int]) -> 
     try:
         return _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
-        problems = [_explain(problem, source, lines) for problem in error.errors()]
+        problems = [_explain(problem, source, places) for problem in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(problems))) from error
 
 
-def _explain(problem: Any, source: str, lines: Mapping[str, int]) -> str:
+def _explain(problem: Any, source: str, places: Mapping[str, str]) -> str:
     steps = _recipe_keys(problem["loc"], problem["type"])
     key = ".".join(steps)
     # a check of a whole section names the very key first
     named = problem["msg"].removeprefix("Value error, ").split(" ", 1)[0]
     place = named if named.startswith(f"{key}.") or not key else key
-    line = next((lines[k] for k in _prefixes(place) if k in lines), None)
-    where = f"{source}:{line}" if line else source
+    where = next((places[k] for k in _prefixes(place) if k in places), source)
     if problem["type"] == "unexpected_keyword_argument":
         known = _known_keys(steps[:-1])
         near = difflib.get_close_matches(steps[-1], known, 1, 0.5)

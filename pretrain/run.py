@@ -3,11 +3,13 @@
 import copy
 import hashlib
 import json
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -315,5 +317,9 @@ def _build_engine(
         optimizer=build_optimizer(objective, recipe.optimizer),
         config=settings,
     )
-    torch.manual_seed(recipe.train.seed * 65_537 + world.rank + 1)
+    own = recipe.train.seed * 65_537 + world.rank + 1
+    torch.manual_seed(own)
+    # nothing here draws from these two, but they go into checkpoints, and a library may
+    random.seed(own)
+    np.random.seed(own % 2**32)
     return engine, initial

@@ -17,7 +17,13 @@ from hypothesis import strategies as st
 
 from groundwork.data.samples import Concept, Sample
 from groundwork.data.shard_index import ShardError, index_path, read_index, scan_tar
-from groundwork.data.shards import Manifest, read_concepts, read_manifest, write_shards
+from groundwork.data.shards import (
+    Manifest,
+    is_data_set,
+    read_concepts,
+    read_manifest,
+    write_shards,
+)
 
 keys = st.text(
     st.characters(codec="utf-8", exclude_characters="./\\ \t\n\x00"), min_size=1, max_size=120
@@ -345,3 +351,23 @@ def test_the_digest_follows_the_content_only(tmp_path: Path) -> None:
     assert write(some(4), tmp_path / "b", name="x", source={}, licence="y").digest() == base
     assert write(some(4, "other"), tmp_path / "c").digest() != base
     assert write(some(4), tmp_path / "d", max_samples=2).digest() != base
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "precious.tar", ".git/", "train/mine"])
+def test_a_data_set_with_files_of_someone_else_is_not_replaced(
+    tmp_path: Path, foreign: str
+) -> None:
+    out = tmp_path / "set"
+    write(some(3), out, concepts=[Concept(0, "a")])
+    assert is_data_set(out)
+    mine = out / foreign
+    if foreign.endswith("/"):
+        mine.mkdir()
+    else:
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+    assert not is_data_set(out)
+    with pytest.raises((ShardError, OSError)):
+        write(some(4), out)
+    assert mine.exists()
+    assert len(read_manifest(out).splits["train"]) == 1

@@ -183,7 +183,7 @@ def test_a_wrong_override_is_refused(write: Writer, override: str, message: str)
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.workers=-1", r":9: data\.workers is -1; it must be 0"),
+        ("data.workers=-1", r"--set data\.workers=-1: data\.workers is -1; it must be 0"),
         ("data={shards: x, prefetch: 0}", r"data\.prefetch is 0; with 2 workers .* at least 1"),
         ("data.bad_sample_budget=-1", r"data\.bad_sample_budget is -1\.0; .* 0 to 1"),
         ("data.bad_sample_budget=.nan", r"data\.bad_sample_budget is nan"),
@@ -274,3 +274,8 @@ def test_a_resolved_recipe_cannot_be_changed(write: Writer) -> None:
     recipe: Recipe = load_recipe(write())
     with pytest.raises(AttributeError):
         recipe.train.steps = 5  # type: ignore[misc]
+
+
+def test_an_override_is_blamed_and_not_the_file() -> None:
+    with pytest.raises(RecipeError, match=r"^--set train\.stepz=3: unknown key 'train\.stepz'"):
+        load_recipe("klite_emoji", ["train.stepz=3"])
