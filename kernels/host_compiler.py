@@ -178,7 +178,10 @@ def _openmp_of_torch() -> Path | None:
 
 
 def _digest(source: Path, parts: list[str]) -> str:
-    return hashlib.sha256("\0".join(parts).encode() + source.read_bytes()).hexdigest()[:20]
+    text = source.read_bytes()
+    headers = re.findall(rb'^#include "([\w.]+)"', text, re.MULTILINE)
+    texts = [text, *((source.parent / name.decode()).read_bytes() for name in headers)]
+    return hashlib.sha256("\0".join(parts).encode() + b"\0".join(texts)).hexdigest()[:20]
 
 
 @contextmanager

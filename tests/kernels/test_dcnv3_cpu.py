@@ -1,6 +1,7 @@
 """The C++ kernels against the reference: any shape, every instruction set of this CPU."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -112,6 +113,20 @@ def test_any_shape_agrees_with_the_reference(
 
 
 @pytest.mark.parametrize("instructions", RUNNABLE)
+def test_a_sample_far_away_touches_no_pixel(instructions: str) -> None:
+    """Not even one that is infinite: zero times infinity is no number."""
+    geometry = make_geometry(3, 1, 1, 1, 1, 1.0, False)
+    value, _, mask, grad = draw(geometry, 1, (5, 5), 4, 0)
+    offset = torch.full((1, 5, 5, 18), 100.0)
+    offset[:, 0] = torch.nan
+    value[:] = torch.inf
+    grad[:] = torch.inf
+    tensors = [value, offset, mask, grad]
+    for tensor in results(dcnv3_cpu, tensors, geometry, False, instructions):
+        torch.testing.assert_close(tensor, torch.zeros_like(tensor), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("instructions", RUNNABLE)
 @pytest.mark.parametrize("softmax", [False, True])
 def test_bfloat16_is_only_a_storage(instructions: str, softmax: bool) -> None:
     geometry = make_geometry(3, 1, 1, 1, 3, 1.0, False)
@@ -201,6 +216,15 @@ def test_a_damaged_library_says_which_file_to_delete(cache: Path) -> None:
     library.path.write_bytes(b"not a library")
     with pytest.raises(HostCompileError, match="delete it, and it is compiled again"):
         dcnv3_cpu.library()
+
+
+@pytest.mark.parametrize("compiler", ["clang++", "aarch64-linux-gnu-g++"])
+def test_other_compilers_and_processors(compiler: str, tmp_path: Path) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} in PATH")
+    flags = [*host_compiler.COMMON_FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    source = host_compiler.SOURCES / dcnv3_cpu.SOURCE
+    subprocess.run([compiler, *flags, "-c", source, "-o", tmp_path / "code.o"], check=True)
 
 
 SANITIZED = """
