@@ -1,12 +1,20 @@
 """A sample: what a source yields, what a tar holds, what a decoder receives."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 #: Tar extensions that hold an encoded image, in the order in which a reader looks for them.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+#: Extensions of further members: lower case, several parts allowed (`depth.png`, `seg.npz`).
+MEMBER = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+#: Extensions whose usual decoders run code of the file. Such members are neither written nor read.
+UNSAFE_EXTENSIONS = frozenset(
+    ("pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill", "bin", "h5", "hdf5", "marshal")
+)
 
 #: Label of a sample that belongs to no class.
 NO_CLASS = -1
@@ -24,10 +32,13 @@ class Sample:
 
     key: unique inside its data set; becomes the stem of the tar members, so it holds neither
         dots, slashes nor blanks.
-    image: the encoded file, `image_format` its extension (one of IMAGE_EXTENSIONS).
+    image: the encoded file, `image_format` its extension (one of IMAGE_EXTENSIONS). Both empty in a
+        sample without a still image, such as a clip.
     text: the caption or the class name.
     info: what else is known, JSON-serialisable. `label` (int) is the class index where the sample
         belongs to a class; sources add their own fields.
+    members: further files by extension, still encoded: depth maps, masks, clips. A name has several
+        parts where a sample holds several files of one format (`depth.png`, `instances.png`).
     """
 
     key: str
@@ -35,6 +46,7 @@ class Sample:
     image_format: str
     text: str
     info: Mapping[str, Any] = field(default_factory=dict)
+    members: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.key or any(c in self.key for c in "./\\ \t\n"):
@@ -42,19 +54,36 @@ class Sample:
                 f"sample key {self.key!r}: a key is not empty and has no '.', '/', '\\' or blanks: "
                 "because it becomes the stem of tar member names"
             )
-        if self.image_format not in IMAGE_EXTENSIONS:
+        if (self.image or not self.members) and self.image_format not in IMAGE_EXTENSIONS:
             raise SampleError(
                 f"sample {self.key!r}: image format {self.image_format!r} is not one of "
                 f"{', '.join(IMAGE_EXTENSIONS)}"
             )
+        for name in self.members:
+            if not is_member_name(name):
+                raise SampleError(
+                    f"sample {self.key!r}: member {name!r}: expected an extension in lower case "
+                    "that is none of the sample's own (image, txt, json) and of no format that "
+                    "can hold code"
+                )
 
     def fields(self) -> dict[str, bytes]:
         """The tar members of this sample: extension -> bytes."""
         return {
-            self.image_format: self.image,
+            **({self.image_format: self.image} if self.image else {}),
             "txt": self.text.encode("utf-8"),
             "json": json.dumps(self.info, ensure_ascii=False, sort_keys=True).encode("utf-8"),
+            **dict(sorted(self.members.items())),
         }
+
+
+def is_member_name(extension: str) -> bool:
+    """Whether `Sample.members` may hold a file of this extension."""
+    return (
+        MEMBER.fullmatch(extension) is not None
+        and extension not in (*IMAGE_EXTENSIONS, "txt", "json")
+        and not UNSAFE_EXTENSIONS.intersection(extension.split("."))
+    )
 
 
 def class_label(sample: Sample) -> int:
@@ -86,11 +115,13 @@ class Concept:
 def sample_from_fields(key: str, fields: Mapping[str, bytes]) -> Sample:
     """Read a sample back from its tar members.
 
-    `txt` and `json` may be missing (plain image tars have neither); the image may not. Members with
-    other extensions are ignored, never decoded. Raises SampleError naming the member at fault.
+    `txt` and `json` may be missing (plain image tars have neither), the image too where there are
+    other members. These are passed on as they are, never decoded; formats that can hold code are
+    left out. Raises SampleError naming the member at fault.
     """
-    image_format = next((e for e in IMAGE_EXTENSIONS if e in fields), None)
-    if image_format is None:
+    members = {name: content for name, content in fields.items() if is_member_name(name)}
+    image_format = next((e for e in IMAGE_EXTENSIONS if e in fields), "")
+    if not image_format and not members:
         raise SampleError(
             f"no image member (looked for {', '.join(IMAGE_EXTENSIONS)}; "
             f"found {', '.join(sorted(fields)) or 'nothing'})"
@@ -105,4 +136,4 @@ def sample_from_fields(key: str, fields: Mapping[str, bytes]) -> Sample:
         raise SampleError(f"member 'json' is not JSON: {error}") from error
     if not isinstance(info, dict):
         raise SampleError(f"member 'json' holds a {type(info).__name__}, expected an object")
-    return Sample(key, fields[image_format], image_format, text, info)
+    return Sample(key, fields.get(image_format, b""), image_format, text, info, members)

@@ -82,6 +82,8 @@ def decode_image(data: bytes) -> Image.Image:
     Raises SampleError for what is no image, is cut off, or is over MAX_PIXELS; the size is checked
     before a pixel is decoded.
     """
+    if not data:
+        raise SampleError("no image: the member is missing or empty")
     try:
         with warnings.catch_warnings():
             # of large images and corrupt metadata; what matters of it ends in an error
