@@ -32,7 +32,7 @@ _BOUNDARY_WORDS: Final = frozenset({
     "toward", "towards", "under", "up", "upon", "via", "with", "within", "without",
 })
 #: Never the head itself, though WordNet knows them: "a" is also angstrom, "us" the United States.
-_FUNCTION_WORDS: Final = _BOUNDARY_WORDS | {
+FUNCTION_WORDS: Final = _BOUNDARY_WORDS | {
     "a", "an", "the", "no", "not", "my", "your", "his", "her", "its", "our", "their", "this",
     "that", "these", "those", "i", "we", "us", "you", "he", "she", "it", "they", "me", "him",
     "them", "is", "are", "be", "was", "were", "do", "does", "did", "has", "have", "had",
@@ -249,7 +249,7 @@ def _endings(text: str) -> Iterator[str]:
         ending = text[start:].strip(_OUTER_PUNCTUATION)
         words = ending.split()
         # "of wood" and bare numbers ("737-800") are no heads.
-        if not words or words[0] in _BOUNDARY_WORDS or ending in _FUNCTION_WORDS:
+        if not words or words[0] in _BOUNDARY_WORDS or ending in FUNCTION_WORDS:
             continue
         if not any(c.isalpha() for c in ending) or len(ending) == 1:
             continue
