@@ -72,6 +72,21 @@ class Dataset:
         shard = int(np.searchsorted(self.ends, index, side="right"))
         return shard, index - (int(self.ends[shard - 1]) if shard else 0)
 
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard, in the order in which samples are numbered."""
+        return [len(index) for index in self.indices]
+
+    def read_many(self, indices: Sequence[int]) -> list[Sample | SampleError]:
+        """Read samples; a bad one is returned as the error that says why."""
+        samples: list[Sample | SampleError] = []
+        for index in indices:
+            try:
+                samples.append(self.read(index))
+            except SampleError as error:
+                samples.append(error)
+        return samples
+
     def where(self, index: int) -> tuple[str, str]:
         """(shard file, key) of a sample, for messages."""
         shard, row = self.locate(index)

@@ -1,14 +1,16 @@
-"""The stream: global order + data set + decoder -> batches, with an exact, tiny state.
+"""The stream: mixture + orders + data sets + decoders -> batches, with an exact, tiny state.
 
-Position i of the stream is a sample, its random numbers and, if it is bad, its replacement: all
-pure functions of (seed, i). A rank's batch is a slice of positions, so the whole state of a stream
-is the next global position, whatever the number of ranks and workers.
+Position i of the stream is a sample of one source, its random numbers and, if it is bad, its
+replacement: all pure functions of (seed, i). A rank's batch is a slice of positions, so the whole
+state of a stream is the next global position, whatever the number of ranks and workers; how far
+each source has come follows from it.
 """
 
+import hashlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -18,8 +20,16 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from groundwork.data.batch_plan import BatchPlan
 from groundwork.data.dataset import Dataset
-from groundwork.data.order import GlobalOrder, sample_generator
+from groundwork.data.mixture import Mixture
+from groundwork.data.order import (
+    BlockOrder,
+    GlobalOrder,
+    Order,
+    replacement,
+    sample_generator,
+)
 from groundwork.data.samples import Sample, SampleError
 
 T = TypeVar("T")
@@ -61,75 +71,107 @@ class UnreadableDataError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """Which positions a rank reads.
+class Source(Generic[T]):
+    """One data set of a stream, and what makes examples of its samples.
 
-    A step consumes `global_batch` consecutive positions; each of its micro-steps gives
-    `micro_batch` to every rank in turn. Another number of ranks therefore trains on the same global
-    batches.
+    name: tells it apart from the other sources of a mixture.
+    block: samples that are shuffled together, in whole shards; None for the whole data set.
     """
 
-    global_batch: int
-    micro_batch: int
-    world_size: int
-    rank: int
+    dataset: Dataset
+    decoder: Decoder[T]
+    name: str = ""
+    block: int | None = None
 
-    def __post_init__(self) -> None:
-        if min(self.global_batch, self.micro_batch, self.world_size) < 1:
-            raise ValueError(
-                f"global_batch {self.global_batch}, micro_batch {self.micro_batch} and world_size "
-                f"{self.world_size} must be at least 1"
-            )
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} is not one of {self.world_size} ranks")
-        if self.global_batch % (self.micro_batch * self.world_size):
-            raise ValueError(
-                f"global_batch {self.global_batch} is not a multiple of micro_batch "
-                f"{self.micro_batch} x {self.world_size} ranks; change one of the three"
-            )
-
-    @property
-    def accumulation(self) -> int:
-        return self.global_batch // (self.micro_batch * self.world_size)
-
-    def micro_batches(self, first_step: int, last_step: int) -> Iterator[list[int]]:
-        """The positions of this rank's micro-batches of steps first_step..last_step-1."""
-        for step in range(first_step, last_step):
-            for micro_step in range(self.accumulation):
-                start = step * self.global_batch
-                start += (micro_step * self.world_size + self.rank) * self.micro_batch
-                yield list(range(start, start + self.micro_batch))
+    def order(self, seed: int, shuffle: bool) -> Order:
+        if self.name:
+            digest = hashlib.blake2b(f"source {seed} {self.name}".encode(), digest_size=8).digest()
+            seed = int.from_bytes(digest, "little")
+        if shuffle and self.block is not None:
+            return BlockOrder(self.dataset.shard_sizes, seed, self.block)
+        return GlobalOrder(len(self.dataset), seed, shuffle)
 
 
 class Stream(TorchDataset[Any], Generic[T]):
-    """Reads and decodes positions; a map-style dataset over an endless sequence."""
+    """Reads and decodes positions; a map-style dataset over an endless sequence.
+
+    mixture: which source each position takes; needed for more than one.
+    """
 
     def __init__(
-        self, dataset: Dataset, decoder: Decoder[T], *, seed: int, shuffle: bool = True
+        self,
+        sources: Sequence[Source[T]],
+        *,
+        seed: int,
+        shuffle: bool = True,
+        mixture: Mixture | None = None,
     ) -> None:
-        self.dataset = dataset
-        self.decoder = decoder
+        self.sources = list(sources)
+        self.mixture = Mixture([1]) if mixture is None else mixture
+        if self.mixture.num_sources != len(sources):
+            raise ValueError(
+                f"Stream: {len(sources)} sources, but the mixture is of {self.mixture.num_sources}"
+            )
+        names = [source.name for source in sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"Stream: the names of the sources are {names}; each must be its own")
         self.seed = seed
-        self.order = GlobalOrder(len(dataset), seed, shuffle)
+        self.orders = [source.order(seed, shuffle) for source in sources]
+
+    def locate(self, positions: Sequence[int]) -> list[tuple[int, int]]:
+        """(source number, sample index in it) of each position, replacements not counted."""
+        sources, ordinals = self.mixture.locate(np.asarray(positions, np.int64))
+        indices = np.empty_like(ordinals)
+        for number in np.unique(sources):
+            chosen = sources == number
+            indices[chosen] = self.orders[number].indices(ordinals[chosen])
+        return list(zip(sources.tolist(), indices.tolist(), strict=True))
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """How often each source has been gone through before a position."""
+        counts = self.mixture.counts(position).tolist()
+        return {
+            source.name: count / len(source.dataset)
+            for source, count in zip(self.sources, counts, strict=True)
+        }
 
     def __getitems__(self, positions: list[int]) -> tuple[list[T], tuple[Fault, ...]]:
-        indices = self.order.indices(np.asarray(positions, np.int64))
+        places = self.locate(positions)
+        samples: list[Sample | SampleError | None] = [None] * len(places)
+        for number in {source for source, _ in places}:
+            mine = [i for i, (source, _) in enumerate(places) if source == number]
+            read = self.sources[number].dataset.read_many([places[i][1] for i in mine])
+            for i, sample in zip(mine, read, strict=True):
+                samples[i] = sample
         faults: list[Fault] = []
         examples = [
-            self._read(position, int(index), faults)
-            for position, index in zip(positions, indices, strict=True)
+            self._example(position, source, index, sample, faults)
+            for position, (source, index), sample in zip(positions, places, samples, strict=True)
         ]
         return examples, tuple(faults)
 
-    def _read(self, position: int, index: int, faults: list[Fault]) -> T:
+    def _example(
+        self,
+        position: int,
+        number: int,
+        index: int,
+        sample: Sample | SampleError | None,
+        faults: list[Fault],
+    ) -> T:
+        """The example of a position: of its sample, or of the first good one that stands in."""
+        source = self.sources[number]
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
-                sample = self.dataset.read(index)
-                return self.decoder(sample, sample_generator(self.seed, position))
+                if sample is None:
+                    sample = source.dataset.read(index)
+                if isinstance(sample, SampleError):
+                    raise sample
+                return source.decoder(sample, sample_generator(self.seed, position))
             except SampleError as error:
-                shard, key = self.dataset.where(index)
+                shard, key = source.dataset.where(index)
                 faults.append(Fault(position, shard, key, str(error)))
-                index = self.order.replacement(position, attempt)
+                index = replacement(self.seed, len(source.dataset), position, attempt)
+                sample = None
         listed = "\n  ".join(f"{fault.shard}: {fault.key}: {fault.reason}" for fault in faults[-5:])
         raise UnreadableDataError(
             f"{MAX_ATTEMPTS} samples in a row could not be used at position {position}; the data "
@@ -160,7 +202,13 @@ class Stream(TorchDataset[Any], Generic[T]):
             # one more, must not thereby shift torch's global sequence
             generator=torch.Generator(),
         )
-        return iter(loader)
+        # Blocked while the workers are forked, so that threads which libraries start in them before
+        # our own code runs have it blocked too; a SIGTERM to this process waits that long.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.knowledge.senses import Knowledge, find_knowledge
 from groundwork.data.knowledge.templates import TRAINING_TEMPLATES, clean_class_name
 from groundwork.data.samples import Concept, Sample, SampleError, class_label
-from groundwork.data.stream import Stream
+from groundwork.data.stream import Source, Stream
 from groundwork.data.text import ALPHABET_SIZE, ClipTokenizer, load_tokenizer, train_tokenizer
 from groundwork.data.transforms import ImageTransform, training_image
 from groundwork.pretrain.objectives.contrastive import UNIQUE
@@ -220,7 +220,7 @@ def open_stream(
     decoder = ImageTextDecoder(
         config.image, dataset.concepts, TEMPLATES[config.templates], index, config.knowledge
     )
-    return Stream(dataset, decoder, seed=seed, shuffle=config.shuffle)
+    return Stream([Source(dataset, decoder)], seed=seed, shuffle=config.shuffle)
 
 
 def open_training_data(config: ImageTextConfig) -> tuple[Dataset, KnowledgeIndex | None]:

@@ -17,10 +17,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from groundwork.data.atomic import write_atomically
+from groundwork.data.batch_plan import BatchPlan
 from groundwork.data.dataset import Dataset
 from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.shards import CONCEPTS
-from groundwork.data.stream import BatchPlan
 from groundwork.data.text import ClipTokenizer, load_tokenizer
 from groundwork.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from groundwork.pretrain.engine.checkpoint import (
@@ -63,9 +63,15 @@ def batch_plan(recipe: Recipe, world_size: int, rank: int) -> BatchPlan:
     batch = recipe.train.global_batch
     micro = recipe.train.micro_batch or max(1, batch // world_size)
     try:
-        return BatchPlan(batch, micro, world_size, rank)
+        plan = BatchPlan(batch, micro, world_size, rank)
     except ValueError as error:
         raise RecipeError(f"train: {error}") from error
+    if not plan.is_even:  # DeepSpeed averages gradients over ranks and micro-steps alike
+        raise RecipeError(
+            f"train: global_batch {batch} is not a multiple of micro_batch {micro} x {world_size} "
+            "ranks; change one of the three"
+        )
+    return plan
 
 
 def check_inputs(recipe: Recipe, out: Path) -> tuple[Dataset, KnowledgeIndex | None]:

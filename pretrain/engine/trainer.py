@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from groundwork.data.stream import BatchPlan, Stream
+from groundwork.data.batch_plan import BatchPlan
+from groundwork.data.stream import Stream
 from groundwork.pretrain.engine.deepspeed_config import World
 from groundwork.pretrain.engine.faults import Quarantine
 from groundwork.pretrain.engine.monitor import Monitor
@@ -102,7 +103,7 @@ def train(
             metrics = {
                 "step": done,
                 "samples": samples,
-                "epoch": samples / len(stream.dataset),
+                "epoch": min(stream.epochs(samples).values()),
                 "seconds": now - began,
                 **means,
                 "lr": lr,

@@ -1,4 +1,7 @@
+"""Orders: permutations, their statistics, and blocks of shards."""
+
 import math
+import pickle
 import time
 import tracemalloc
 
@@ -8,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from groundwork.data.order import GlobalOrder, sample_generator
+from groundwork.data.order import (
+    BlockOrder,
+    GlobalOrder,
+    order_quality,
+    replacement,
+    sample_generator,
+)
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 4095, 4097, 100_000]
 
@@ -148,10 +157,9 @@ def test_fixed_points_are_as_rare_as_in_a_true_shuffle() -> None:
 
 
 def test_replacements_are_spread_over_the_data_set() -> None:
-    order = GlobalOrder(20, seed=0)
-    drawn = [order.replacement(p, attempt) for p in range(500) for attempt in (1, 2)]
+    drawn = [replacement(0, 20, p, attempt) for p in range(500) for attempt in (1, 2)]
     assert stats.chisquare(np.bincount(drawn, minlength=20)).pvalue > 0.001
-    assert drawn == [order.replacement(p, attempt) for p in range(500) for attempt in (1, 2)]
+    assert drawn == [replacement(0, 20, p, attempt) for p in range(500) for attempt in (1, 2)]
     pairs = np.array(drawn).reshape(-1, 2)
     assert abs(np.corrcoef(pairs.T)[0, 1]) < 4 / math.sqrt(500)
 
@@ -165,3 +173,79 @@ def test_the_numbers_of_a_position_are_its_own() -> None:
     first = np.array([draw(0, p)[0] for p in range(1000)])
     assert stats.kstest(first, "uniform").pvalue > 0.001
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 4 / math.sqrt(1000)
+
+
+SHARDS = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
+
+
+@settings(max_examples=150, deadline=None)
+@given(sizes=SHARDS, seed=st.integers(0, 2**64), block=st.integers(1, 300))
+def test_blocks_hold_every_sample_once_per_epoch(sizes: list[int], seed: int, block: int) -> None:
+    order, total = BlockOrder(sizes, seed, block), sum(sizes)
+    for number in (0, 1, 10**6):
+        indices = order.indices(np.arange(number * total, (number + 1) * total))
+        assert np.array_equal(np.sort(indices), np.arange(total))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=SHARDS, block=st.integers(1, 99), positions=st.lists(st.integers(0, 10**6), min_size=1)
+)
+def test_an_element_of_a_block_does_not_depend_on_what_is_asked_with_it(
+    sizes: list[int], block: int, positions: list[int]
+) -> None:
+    order = BlockOrder(sizes, 3, block)
+    together = order.indices(np.array(positions)).tolist()
+    copy = pickle.loads(pickle.dumps(order))
+    assert together == [int(copy.indices(np.array([p]))[0]) for p in positions]
+
+
+def test_a_block_reads_its_shards_and_no_others() -> None:
+    sizes, block = [100] * 50, 500
+    order = BlockOrder(sizes, 0, block)
+    shards = order.indices(np.arange(10_000)) // 100
+    by_block = shards.reshape(-1, block)
+    assert all(len(np.unique(row)) == 5 for row in by_block)
+    assert len({tuple(np.unique(row)) for row in by_block}) == 20  # other company in epoch 2
+    assert not np.array_equal(by_block[0], np.sort(by_block[0]))
+
+
+def test_a_block_of_one_sample_reads_shard_after_shard() -> None:
+    indices = BlockOrder([10] * 20, 1, 1).indices(np.arange(200))
+    assert all(len(np.unique(row)) == 1 for row in (indices // 10).reshape(-1, 10))
+    assert not np.array_equal(indices // 10, np.repeat(np.arange(20), 10))
+    assert not np.array_equal(indices[:10] % 10, np.arange(10))
+
+
+def test_the_order_of_blocks_never_changes_between_versions() -> None:
+    order = BlockOrder([4, 3, 5], 0, 6)
+    assert order.indices(np.arange(12)).tolist() == [11, 6, 10, 9, 8, 5, 7, 4, 1, 2, 3, 0]
+    assert order.indices(np.arange(12, 24)).tolist() == [4, 8, 5, 11, 7, 9, 10, 6, 3, 1, 2, 0]
+
+
+def test_a_far_element_among_many_shards_opens_at_once() -> None:
+    """10^8 samples in 10^4 shards; what is computed is of the size of the shard list."""
+    order = BlockOrder([10_000] * 10_000, 0, 1_000_000)
+    began = time.perf_counter()
+    indices = order.indices(np.arange(10**7, 10**7 + 256))
+    assert time.perf_counter() - began < 0.2
+    assert 1 < len(np.unique(indices // 10_000)) <= 101
+
+
+def test_quality_says_how_far_an_order_is_from_a_uniform_shuffle() -> None:
+    sizes = [100] * 200
+    uniform = order_quality(GlobalOrder(20_000, 0), sizes, batch=256, window=1000)
+    assert uniform.same_shard == pytest.approx(1, rel=0.1)
+    assert uniform.open_shards == pytest.approx(200 * (1 - math.exp(-5)), rel=0.02)
+    blocks = order_quality(BlockOrder(sizes, 0, 1000), sizes, batch=256, window=1000)
+    assert blocks.same_shard == pytest.approx(20, rel=0.1)  # one shard of 10 instead of 200
+    assert blocks.open_shards < 21
+    whole = order_quality(BlockOrder(sizes, 0, 20_000), sizes, batch=256, window=1000)
+    assert whole.same_shard == pytest.approx(1, rel=0.1)
+    assert order_quality(GlobalOrder(1, 0), [1]).same_shard == 1
+
+
+@pytest.mark.parametrize(("sizes", "block"), [([], 1), ([0, 0], 1), ([3], 0), ([2, -1], 5)])
+def test_blocks_without_samples_are_refused(sizes: list[int], block: int) -> None:
+    with pytest.raises(ValueError, match="need at least one"):
+        BlockOrder(sizes, 0, block)

@@ -11,19 +11,18 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from groundwork.data.batch_plan import BatchPlan
 from groundwork.data.dataset import Dataset, open_dataset
 from groundwork.data.order import GlobalOrder
 from groundwork.data.samples import Sample, SampleError
 from groundwork.data.shards import write_shards
 from groundwork.data.stream import (
     MAX_ATTEMPTS,
-    BatchPlan,
     Fault,
+    Source,
     Stream,
     StreamBatch,
     UnreadableDataError,
@@ -48,6 +47,10 @@ def decode(sample: Sample, rng: np.random.Generator) -> Example:
     return Example(sample.key, pixels.numpy().tobytes(), os.getpid())
 
 
+def dataset_of(stream: Stream[Example]) -> Dataset:
+    return stream.sources[0].dataset
+
+
 def as_list(examples: list[Example]) -> list[Example]:
     return examples
 
@@ -66,7 +69,7 @@ def build(folder: Path, spoil: Callable[[int, bytes], bytes] = lambda _, image: 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Stream[Example]:
-    return Stream(build(tmp_path_factory.mktemp("good") / "o"), decode, seed=3)
+    return Stream([Source(build(tmp_path_factory.mktemp("good") / "o"), decode)], seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Stream[Example]:
     image = dataset.read(7).image
     tar = Path(dataset.where(7)[0])
     tar.write_bytes(tar.read_bytes().replace(image, image[:-5] + b"?" + image[-4:]))
-    return Stream(dataset, decode, seed=3)
+    return Stream([Source(dataset, decode)], seed=3)
 
 
 def run(
@@ -141,7 +144,7 @@ def test_a_sample_is_augmented_anew_in_each_epoch(good: Stream[Example]) -> None
 
 
 def test_another_seed_gives_another_stream(good: Stream[Example]) -> None:
-    assert run(Stream(good.dataset, decode, seed=4), 1, 0) != run(good, 1, 0)
+    assert run(Stream([Source(dataset_of(good), decode)], seed=4), 1, 0) != run(good, 1, 0)
 
 
 @pytest.mark.parametrize(("world_size", "workers"), TOPOLOGIES)
@@ -164,7 +167,7 @@ def test_bad_samples_are_reported_with_place_and_reason(
     for fault in faults:
         first_faults.setdefault(fault.position, fault.key)
         shard = int(fault.key[1:]) // 5
-        assert fault.shard == str(spoilt.dataset.tars[shard])
+        assert fault.shard == dataset_of(spoilt).where(5 * shard)[0]
         expected = "fails its checksum" if fault.key == "k07" else "cannot be decoded"
         assert expected in fault.reason
     assert first_faults == own
@@ -176,7 +179,7 @@ def test_bad_samples_are_reported_with_place_and_reason(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_set_without_a_usable_sample_ends_the_stream(workers: int, tmp_path: Path) -> None:
-    stream = Stream(build(tmp_path / "o", lambda i, image: b"<html>"), decode, seed=0)
+    stream = Stream([Source(build(tmp_path / "o", lambda i, image: b"<html>"), decode)], seed=0)
     batches = stream.batches(
         BatchPlan(2, 2, 1, 0), as_list, first_step=0, last_step=1, workers=workers
     )
@@ -191,7 +194,7 @@ def test_a_defect_of_the_decoder_is_no_bad_sample(good: Stream[Example]) -> None
     def broken(sample: Sample, rng: np.random.Generator) -> Example:
         raise KeyError("a bug")
 
-    stream = Stream(good.dataset, broken, seed=0)
+    stream = Stream([Source(dataset_of(good), broken)], seed=0)
     with pytest.raises(KeyError, match="a bug"):
         next(stream.batches(BatchPlan(2, 2, 1, 0), as_list, first_step=0, last_step=1))
 
@@ -235,37 +238,6 @@ def test_a_rank_that_leaves_early_takes_its_workers_along(good: Stream[Example])
     assert ended == 0
 
 
-@given(
-    micro_batch=st.integers(1, 5),
-    world_size=st.integers(1, 6),
-    accumulation=st.integers(1, 4),
-    first_step=st.integers(0, 10**9),
-    steps=st.integers(0, 3),
-)
-def test_ranks_share_out_each_global_batch(
-    micro_batch: int, world_size: int, accumulation: int, first_step: int, steps: int
-) -> None:
-    global_batch = micro_batch * world_size * accumulation
-    plans = [BatchPlan(global_batch, micro_batch, world_size, r) for r in range(world_size)]
-    assert {plan.accumulation for plan in plans} == {accumulation}
-    read = [list(plan.micro_batches(first_step, first_step + steps)) for plan in plans]
-    for step in range(steps):
-        mine = slice(step * accumulation, (step + 1) * accumulation)
-        positions = sorted(p for rank in read for batch in rank[mine] for p in batch)
-        start = (first_step + step) * global_batch
-        assert positions == list(range(start, start + global_batch))
-    assert all(len(batch) == micro_batch for rank in read for batch in rank)
-
-
-WRONG_PLANS = [(8, 3, 1, 0), (8, 2, 3, 0), (0, 1, 1, 0), (8, 0, 1, 0), (8, 2, 2, 2), (8, 2, 2, -1)]
-
-
-@pytest.mark.parametrize("plan", WRONG_PLANS)
-def test_a_plan_that_does_not_divide_is_refused(plan: tuple[int, int, int, int]) -> None:
-    with pytest.raises(ValueError, match=r"global_batch|rank"):
-        BatchPlan(*plan)
-
-
 def test_the_tensors_of_a_batch_are_pinned_when_asked() -> None:
     class Pinnable(torch.Tensor):
         def pin_memory(self, device: object = None) -> str:  # type: ignore[override]
@@ -283,5 +255,5 @@ def test_sample_errors_of_the_decoder_are_quarantined(good: Stream[Example]) -> 
             raise SampleError("no caption")
         return decode(sample, rng)
 
-    _, faults = run(Stream(good.dataset, picky, seed=3), 1, 0)
+    _, faults = run(Stream([Source(dataset_of(good), picky)], seed=3), 1, 0)
     assert {(fault.key, fault.reason) for fault in faults} == {("k03", "no caption")}
