@@ -61,8 +61,9 @@ class BlockOrder:
 
     Each epoch shuffles the shards, puts consecutive ones together to blocks of about `block`
     samples, and shuffles the samples of each block. A block of the size of the data set shuffles
-    like `GlobalOrder`; one of a single sample reads shard after shard, each shuffled. `order_quality`
-    says what lies between. The state stays one position, as a block's content is computed.
+    like `GlobalOrder`; one of a single sample reads shard after shard, each shuffled;
+    `order_quality` says what lies between. A block's content is computed, so the state stays one
+    position.
 
     shard_sizes: samples of each shard, in the order in which samples are numbered.
     """

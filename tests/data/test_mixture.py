@@ -57,7 +57,7 @@ def test_far_positions_keep_the_promise_too(weights: list[float], position: int)
 def test_a_schedule_keeps_the_promise_across_its_changes(
     schedule: list[tuple[int, tuple[int, int, int]]],
 ) -> None:
-    changes = {0: (1, 1, 1), **{start: weights for start, weights in schedule}}
+    changes = {0: (1, 1, 1), **dict(schedule)}
     mixture = Mixture(changes)
     length = 600
     sources, ordinals = mixture.locate(np.arange(length))
