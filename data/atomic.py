@@ -13,8 +13,11 @@ from pathlib import Path
 NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path`: to a temporary file beside it, synced, then renamed over it."""
+def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write `data` to `path`: to a temporary file beside it, synced, then renamed over it.
+
+    sync: False where the folder is synced as a whole later.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _naming(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -22,25 +25,31 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.chmod(0o666 & ~umask())
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         _name(error, path)
         raise
-    sync_directory(path.parent)
+    if sync:
+        sync_directory(path.parent)
 
 
 @contextmanager
-def directory_written_atomically(path: Path, *, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+def directory_written_atomically(
+    path: Path, *, is_ours: Callable[[Path], bool], resume: bool = False
+) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its name when the block ends without error.
 
     A folder already at `path` is replaced, and kept until the new one is complete: if it is empty,
     or if `is_ours` says that it is an earlier result. Whatever an earlier, killed writer left
     behind is removed or, where it was killed between the two renames of a replacement, put back
     first. A symbolic link is followed: the folder it points to is replaced.
+    resume: what an earlier writer left behind stays in the folder, and what this one has written
+        stays after an error; the block removes what it does not want to keep.
     Raises NotADirectoryError where a file is in the way, FileExistsError where a folder of others
     is, BlockingIOError while another process writes the same folder.
     """
@@ -54,7 +63,7 @@ def directory_written_atomically(path: Path, *, is_ours: Callable[[Path], bool])
     try:
         if replaced.exists() and not path.exists():
             replaced.rename(path)
-        for leftover in working.iterdir():
+        for leftover in () if resume else working.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield working
         for entry in working.rglob("*"):
@@ -64,7 +73,8 @@ def directory_written_atomically(path: Path, *, is_ours: Callable[[Path], bool])
         shutil.rmtree(replaced, ignore_errors=True)
         _replace_directory(path, working, replaced)
     except BaseException as error:
-        shutil.rmtree(working, ignore_errors=True)
+        if not (resume and working.is_dir() and any(working.iterdir())):
+            shutil.rmtree(working, ignore_errors=True)
         _name(error, path)
         raise
     finally:

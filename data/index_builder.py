@@ -1,0 +1,135 @@
+"""The columns of an index, collected member by member while a tar is written or scanned."""
+
+import re
+from array import array
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from groundwork.data.image_header import UNKNOWN, image_size
+from groundwork.data.samples import IMAGE_EXTENSIONS
+
+#: Size of a field that a sample lacks, and of a text that is not there.
+MISSING: Final = -1
+#: webdataset's convention: such members describe the tar and belong to no sample.
+META: Final = re.compile(r"__[^/]*__($|/)")
+#: The image of a sample is the first of these that it has.
+IMAGE_RANKS: Final = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
+NO_IMAGE: Final = len(IMAGE_RANKS)
+#: Cells (samples x fields) that any tar may have, and how many more for each member.
+MIN_CELLS_ALLOWED: Final = 2**22
+CELLS_PER_MEMBER: Final = 256
+MAX_INT32: Final = 2**31 - 1
+
+
+class RepeatedMemberError(ValueError):
+    """Members that do not make samples; the message says which, without the name of the tar."""
+
+
+class IndexColumns(NamedTuple):
+    """The arrays of `ShardIndex`, under its names."""
+
+    fields: tuple[str, ...]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    checksums: NDArray[np.uint32]
+    key_ends: NDArray[np.int64]
+    keys: bytes
+    widths: NDArray[np.int32]
+    heights: NDArray[np.int32]
+    text_bytes: NDArray[np.int32]
+
+
+class IndexBuilder:
+    """Groups members into samples and notes where they lie: some numbers per member, no objects."""
+
+    def __init__(self) -> None:
+        self.key: str | None = None  # of the present sample
+        self.samples = 0
+        self._seen: set[str] = set()
+        self._keys: list[bytes] = []
+        self._columns: dict[str, int] = {}
+        self._present = 0  # bit set of the columns that the present sample has
+        self._image_rank = NO_IMAGE
+        self._cells = array("q")  # row, column, offset, size, checksum of each member
+        self._sizes = array("i")  # width, height, text bytes of each sample
+
+    def begin_member(self, name: str) -> str:
+        """The field of a member, whose sample is begun if it is not the present one.
+
+        Empty where the member belongs to no sample. Raises RepeatedMemberError for a key that comes
+        back.
+        """
+        key, field = split_name(name)
+        if not field or (name.startswith("__") and META.match(name)):
+            return ""
+        if key != self.key:
+            self.begin_sample(key)
+        return field
+
+    def begin_sample(self, key: str) -> None:
+        if key in self._seen:
+            raise RepeatedMemberError(
+                f"sample {key!r} appears twice, with other samples between; give every sample its "
+                "own key, and write its members one after the other"
+            )
+        self._seen.add(key)
+        # names that are not UTF-8 come with lone surrogates
+        self._keys.append(key.encode("utf-8", "backslashreplace"))
+        self._sizes.extend((*UNKNOWN, MISSING))
+        self.key, self._present, self._image_rank = key, 0, NO_IMAGE
+        self.samples += 1
+
+    def add_member(self, field: str, offset: int, size: int, checksum: int, head: bytes) -> None:
+        """Note a member of the present sample. head: its content or, of a large one, its beginning.
+
+        Raises RepeatedMemberError for a field that the sample has already.
+        """
+        column = self._columns.setdefault(field, len(self._columns))
+        if self._present >> column & 1:
+            raise RepeatedMemberError(
+                f"sample {self.key!r} has two {field!r} members; give every sample its own key"
+            )
+        self._present |= 1 << column
+        self._cells.extend((self.samples - 1, column, offset, size, checksum))
+        if field == "txt":
+            self._sizes[-1] = min(size, MAX_INT32)
+        elif IMAGE_RANKS.get(field, NO_IMAGE) < self._image_rank:
+            self._image_rank = IMAGE_RANKS[field]
+            self._sizes[-3], self._sizes[-2] = image_size(head)
+
+    def columns(self) -> IndexColumns:
+        """All that was noted, fields in sorted order."""
+        cells = np.array(self._cells, np.int64).reshape(-1, 5)
+        fields = tuple(sorted(self._columns))
+        count = self.samples * len(fields)
+        if count > MIN_CELLS_ALLOWED + CELLS_PER_MEMBER * len(cells):
+            raise RepeatedMemberError(
+                f"{len(fields):,} different fields (such as {fields[0]!r} and {fields[-1]!r}) in "
+                f"{self.samples:,} samples: a field is what follows the first dot of a name, so "
+                "take the other dots out of the names"
+            )
+        order = np.array([fields.index(name) for name in self._columns], np.int64)
+        rows, columns = cells[:, 0], order[cells[:, 1]] if len(cells) else cells[:, 1]
+        table = np.full((3, self.samples, len(fields)), MISSING, np.int64)
+        table[:, rows, columns] = cells[:, 2:].T
+        sizes = np.array(self._sizes, np.int32).reshape(-1, 3)
+        return IndexColumns(
+            fields=fields,
+            offsets=table[0],
+            sizes=table[1],
+            checksums=(table[2] & 0xFFFFFFFF).astype(np.uint32),
+            key_ends=np.cumsum([len(key) for key in self._keys], dtype=np.int64),
+            keys=b"".join(self._keys),
+            widths=sizes[:, 0].copy(),
+            heights=sizes[:, 1].copy(),
+            text_bytes=sizes[:, 2].copy(),
+        )
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Member name -> (key, field). The field is empty where the member belongs to no sample."""
+    directory, slash, base = name.rpartition("/")
+    stem, _, field = base.partition(".")
+    return f"{directory}{slash}{stem}", field.lower() if stem else ""
