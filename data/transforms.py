@@ -1,25 +1,35 @@
-"""Image bytes -> uint8 tensors. Randomness comes in as a generator, so a position fixes its crop.
+"""Image bytes -> uint8 tensors.
 
-A picture is seen as a browser shows it: turned by its EXIF orientation (whoever wrote the caption
-saw it upright), transparent parts on white, grey scales of 16 bits brought to 8.
+Randomness comes in as a generator, so a position of the stream fixes its crop.
 """
 
-import io
 import math
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from groundwork.data.decode import (
+    MAX_PIXELS as MAX_PIXELS,
+)
+from groundwork.data.decode import (
+    decode_image as decode_image,
+)
+from groundwork.data.decode import (
+    decode_jpeg_crop,
+    decode_opened,
+    jpeg_turn,
+    open_image,
+)
 from groundwork.data.samples import SampleError
 
-#: Pixels above which a file is taken for a decompression bomb (the largest photographs have fewer).
-#: Pillow has a limit of its own, 178,956,970, above which it opens nothing.
-MAX_PIXELS = 170_000_000
 #: Aspect ratio above which an evaluated picture is resized in its central square only.
 MAX_ASPECT = 32
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -64,76 +74,6 @@ class ImageTransform:
         return Image.Resampling.BICUBIC if self.resample == "bicubic" else Image.Resampling.BILINEAR
 
 
-#: EXIF orientation -> what makes the stored picture upright (Exif 2.3, tag 274).
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """Decode to upright RGB.
-
-    Raises SampleError for what is no image, is cut off, or is over MAX_PIXELS; the size is checked
-    before a pixel is decoded.
-    """
-    if not data:
-        raise SampleError("no image: the member is missing or empty")
-    try:
-        with warnings.catch_warnings():
-            # of large images and corrupt metadata; what matters of it ends in an error
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-            if image.width * image.height > MAX_PIXELS:
-                raise SampleError(
-                    f"image of {image.width} x {image.height} pixels (limit: {MAX_PIXELS:,} in all)"
-                )
-            image.load()
-            return _upright(_rgb(image), image)
-    except SampleError:
-        raise
-    except UnidentifiedImageError as error:
-        # its own message names an address in memory, so would differ from run to run
-        raise SampleError("image cannot be decoded: neither JPEG, PNG nor WebP") from error
-    # the decoders meet malformed files with anything from struct.error to KeyError
-    except Exception as error:
-        raise SampleError(f"image cannot be decoded: {error or type(error).__name__}") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # 16-bit grey PNG; Pillow's own conversion clips at 255, which makes nearly all of it white
-        values = np.asarray(image)
-        gray = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
-        if "transparency" in image.info:
-            gray[values == image.info["transparency"]] = 255
-        return Image.fromarray(gray).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        # transparent pixels carry arbitrary colours; white is what a page would show
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
-    """Turn `image` as the EXIF data of `source` say.
-
-    As ImageOps.exif_transpose, which however also rewrites the EXIF data and fails on odd ones.
-    """
-    try:
-        orientation = source.getexif().get(ExifTags.Base.Orientation)
-        method = UPRIGHT.get(int(orientation or 0))
-    except Exception:
-        return image  # metadata that cannot be read say nothing about the pixels
-    return image if method is None else image.transpose(method)
-
-
 def random_crop_box(
     width: int, height: int, transform: ImageTransform, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
@@ -155,17 +95,98 @@ def random_crop_box(
 
 
 def training_image(data: bytes, transform: ImageTransform, rng: np.random.Generator) -> Tensor:
-    """Random resized crop, mirror and colour jitter -> (3, size, size) uint8."""
-    image = decode_image(data)
-    box = random_crop_box(image.width, image.height, transform, rng)
-    size = (transform.size, transform.size)
-    image = image.resize(size, transform.filter, box=box, reducing_gap=2.0)
+    """Random resized crop, mirror and colour jitter -> (3, size, size) uint8.
+
+    The crop is drawn before a JPEG is decoded, which is then decoded in the crop only and at 1/2,
+    1/4 or 1/8 where that still gives `size` pixels; see `decode_jpeg_crop` for how far the crop's
+    edges may move for that. Other formats are decoded whole.
+    """
+    with warnings.catch_warnings():
+        # of large images and corrupt metadata; what matters of it ends in an error
+        warnings.simplefilter("ignore")
+        pixels = _training_pixels(data, transform, rng)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def training_images(
+    files: Sequence[bytes],
+    transform: ImageTransform,
+    rngs: Sequence[np.random.Generator],
+    *,
+    threads: int = 1,
+) -> tuple[Tensor, list[SampleError | None]]:
+    """`training_image` of every file -> (B, 3, size, size) uint8, and what is wrong with each.
+
+    The tensor is channels-last in memory, as the decoder writes it; `.contiguous()` for the other
+    way round. The row of a file that cannot be used is zero, its error is returned in its place.
+    threads: how many share the work; decoding and resizing run outside Python's global lock, and
+        the pixels do not depend on the number.
+    """
+    shape = (len(files), transform.size, transform.size, 3)
+    batch = np.empty(shape, np.uint8)
+    errors: list[SampleError | None] = [None] * len(files)
+
+    def work(rows: range) -> None:
+        for row in rows:
+            try:
+                batch[row] = _training_pixels(files[row], transform, rngs[row])
+            except SampleError as error:
+                batch[row] = 0
+                errors[row] = error
+
+    if len(rngs) != len(files):
+        raise ValueError(f"training_images: {len(files)} files, {len(rngs)} generators")
+    # around the threads, because the filters are those of the whole process
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if threads <= 1:
+            work(range(len(files)))
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                # in turn, so that each thread gets as many large pictures as the others
+                for done in [
+                    pool.submit(work, range(first, len(files), threads)) for first in range(threads)
+                ]:
+                    done.result()
+    return torch.from_numpy(batch).permute(0, 3, 1, 2), errors
+
+
+def _training_pixels(
+    data: bytes, transform: ImageTransform, rng: np.random.Generator
+) -> np.ndarray:
+    """(size, size, 3) uint8."""
+    image = open_image(data)
+    turn = jpeg_turn(image)
+    if turn is None:
+        image = decode_opened(image)
+        box = random_crop_box(image.width, image.height, transform, rng)
+        size = (transform.size, transform.size)
+        image = image.resize(size, transform.filter, box=box, reducing_gap=2.0)
+        pixels = np.array(image)
+    else:
+        box = random_crop_box(*turn.upright_size(*image.size), transform, rng)
+        crop = decode_jpeg_crop(data, image, turn.stored_box(box, *image.size), transform.size)
+        pixels = _resize(crop, transform)
+        pixels = pixels.swapaxes(0, 1) if turn.transposed else pixels
+        pixels = pixels[:: -1 if turn.flip_y else 1, :: -1 if turn.flip_x else 1]
     if rng.random() < transform.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = np.array(image)
+        pixels = pixels[:, ::-1]
+    pixels = np.ascontiguousarray(pixels)
     if transform.brightness or transform.contrast or transform.saturation:
         pixels = _jitter(pixels, transform, rng)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return pixels
+
+
+def _resize(pixels: np.ndarray, transform: ImageTransform) -> np.ndarray:
+    """(h, w, 3) uint8 -> (size, size, 3) uint8, with antialiasing.
+
+    torch's kernel for bytes is Pillow's algorithm in vector instructions (4 to 6 times as fast with
+    AVX2); its arithmetic is in integers, so the pixels are the same on every processor.
+    """
+    x = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    size = (transform.size, transform.size)
+    x = interpolate(x, size, mode=transform.resample, antialias=True, align_corners=False)
+    return x[0].permute(1, 2, 0).numpy()
 
 
 def evaluation_image(data: bytes, transform: ImageTransform) -> Tensor:
@@ -196,9 +217,15 @@ def _jitter(pixels: np.ndarray, transform: ImageTransform, rng: np.random.Genera
     def factor(width: float) -> np.float32:
         return np.float32(rng.uniform(max(0.0, 1 - width), 1 + width))
 
-    x = pixels.astype(np.float32) * factor(transform.brightness)
+    x = pixels.astype(np.float32)
+    x *= factor(transform.brightness)
     mean = x.mean(dtype=np.float32)
-    x = mean + (x - mean) * factor(transform.contrast)
-    gray = x @ np.array([0.299, 0.587, 0.114], np.float32)
-    x = gray[..., None] + (x - gray[..., None]) * factor(transform.saturation)
-    return np.clip(np.rint(x), 0, 255).astype(np.uint8)
+    x -= mean
+    x *= factor(transform.contrast)
+    x += mean
+    gray = (x @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
+    x -= gray
+    x *= factor(transform.saturation)
+    x += gray
+    np.rint(x, out=x)
+    return np.clip(x, 0, 255, out=x).astype(np.uint8)
