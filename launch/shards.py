@@ -19,11 +19,13 @@ from groundwork.data.sources.image_folder import (
     image_folder_concepts,
     image_folder_samples,
 )
+from groundwork.launch.browse import browse
 from groundwork.launch.errors import reporting
 
 app = typer.Typer(help="Build and inspect data sets of WebDataset shards.", no_args_is_help=True)
 build_app = typer.Typer(help="Build a data set from a source.", no_args_is_help=True)
 app.add_typer(build_app, name="build")
+app.command("browse")(browse)
 
 Out = Annotated[Path, typer.Option(help="Folder of the data set.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace a data set built with other settings.")]
