@@ -1,0 +1,106 @@
+"""Annotation files in JSON: read with messages that name file, line and record."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from groundwork.data.sources.errors import SourceError
+from groundwork.data.sources.report import BadItemError
+
+T = TypeVar("T")
+
+#: Bytes above which a file is read record by record: `json` needs about ten times as many in
+#: memory, and the annotations of Objects365 have gigabytes.
+LARGE_FILE = 2**30
+
+
+def read_json(path: Path) -> Any:
+    """The whole of a JSON file. Raises SourceError with line and column of a fault."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise SourceError(
+            f"{path}: annotation file is missing; lay the data out as docs/sources.md shows"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise SourceError(
+            f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg}); the file "
+            "is damaged or was not fully fetched: fetch it again"
+        ) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise SourceError(f"{path}: not JSON ({error}); fetch the file again") from error
+
+
+class JsonFile:
+    """The lists of a JSON file. Small files are held in memory, large ones read once per list."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        is_large = path.is_file() and path.stat().st_size > LARGE_FILE
+        self._document = None if is_large else read_json(path)
+        self._is_large = is_large
+
+    def records(self, section: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """(place for messages, object) of each element of a list.
+
+        section: the member of the top-level object that holds the list; empty: the file is the
+        list. Raises SourceError where there is no such list or an element is no object.
+        """
+        found = False
+        for number, record in enumerate(self._elements(section)):
+            found = True
+            where = f"{self.path}: {section}[{number}]"
+            if not isinstance(record, dict):
+                raise SourceError(
+                    f"{where} is a {type(record).__name__}, expected an object; the file is not in "
+                    "the published layout"
+                )
+            yield where, record
+        if not found and self._is_large:
+            raise SourceError(f"{self.path}: no list {section!r} with any element in it")
+
+    def _elements(self, section: str) -> Iterator[Any]:
+        if self._is_large:
+            return self._streamed(f"{section}.item" if section else "item")
+        document = self._document
+        if section:
+            document = document.get(section) if isinstance(document, dict) else None
+        if not isinstance(document, list):
+            raise SourceError(
+                f"{self.path}: holds no list{f' {section!r}' if section else ''}; the file is not "
+                "in the published layout"
+            )
+        return iter(document)
+
+    def _streamed(self, prefix: str) -> Iterator[Any]:
+        try:
+            import ijson
+        except ImportError as error:
+            raise SourceError(
+                f"{self.path}: a file of more than {LARGE_FILE / 2**30:.0f} GiB is read with "
+                "ijson: pip install 'groundwork-pretrain[annotations]'"
+            ) from error
+        with self.path.open("rb") as file:
+            try:
+                yield from ijson.items(file, prefix, use_float=True)
+            except (ijson.JSONError, UnicodeDecodeError) as error:
+                raise SourceError(
+                    f"{self.path}: byte {file.tell()} or before: not JSON "
+                    f"({str(error).splitlines()[0]}); the file is damaged or was not fully fetched: fetch it again"
+                ) from error
+
+
+def member(record: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    """A member of a record that must be there with this type. Raises BadItemError."""
+    value = record.get(name)
+    is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is float and type(value) is int:
+        value, is_right = float(value), True
+    if not is_right:
+        found = repr(value)[:60] if name in record else "missing"
+        raise BadItemError(f"{name!r} is {found}; expected {_NAMES.get(kind, kind.__name__)}")
+    return value  # type: ignore[return-value]
+
+
+_NAMES = {int: "an integer", str: "a string", list: "a list", dict: "an object", float: "a number"}
