@@ -39,17 +39,13 @@ def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
 
 
 @contextmanager
-def directory_written_atomically(
-    path: Path, *, is_ours: Callable[[Path], bool], resume: bool = False
-) -> Iterator[Path]:
+def directory_written_atomically(path: Path, *, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its name when the block ends without error.
 
     A folder already at `path` is replaced, and kept until the new one is complete: if it is empty,
     or if `is_ours` says that it is an earlier result. Whatever an earlier, killed writer left
     behind is removed or, where it was killed between the two renames of a replacement, put back
     first. A symbolic link is followed: the folder it points to is replaced.
-    resume: what an earlier writer left behind stays in the folder, and what this one has written
-        stays after an error; the block removes what it does not want to keep.
     Raises NotADirectoryError where a file is in the way, FileExistsError where a folder of others
     is, BlockingIOError while another process writes the same folder.
     """
@@ -63,7 +59,7 @@ def directory_written_atomically(
     try:
         if replaced.exists() and not path.exists():
             replaced.rename(path)
-        for leftover in () if resume else working.iterdir():
+        for leftover in working.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield working
         for entry in working.rglob("*"):
@@ -73,8 +69,7 @@ def directory_written_atomically(
         shutil.rmtree(replaced, ignore_errors=True)
         _replace_directory(path, working, replaced)
     except BaseException as error:
-        if not (resume and working.is_dir() and any(working.iterdir())):
-            shutil.rmtree(working, ignore_errors=True)
+        shutil.rmtree(working, ignore_errors=True)
         _name(error, path)
         raise
     finally:

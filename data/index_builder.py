@@ -47,8 +47,8 @@ class IndexBuilder:
     def __init__(self) -> None:
         self.key: str | None = None  # of the present sample
         self.samples = 0
-        self._seen: set[str] = set()
-        self._keys: list[bytes] = []
+        self.keys: set[str] = set()
+        self._encoded_keys: list[bytes] = []
         self._columns: dict[str, int] = {}
         self._present = 0  # bit set of the columns that the present sample has
         self._image_rank = NO_IMAGE
@@ -69,14 +69,14 @@ class IndexBuilder:
         return field
 
     def begin_sample(self, key: str) -> None:
-        if key in self._seen:
+        if key in self.keys:
             raise RepeatedMemberError(
                 f"sample {key!r} appears twice, with other samples between; give every sample its "
                 "own key, and write its members one after the other"
             )
-        self._seen.add(key)
+        self.keys.add(key)
         # names that are not UTF-8 come with lone surrogates
-        self._keys.append(key.encode("utf-8", "backslashreplace"))
+        self._encoded_keys.append(key.encode("utf-8", "backslashreplace"))
         self._sizes.extend((*UNKNOWN, MISSING))
         self.key, self._present, self._image_rank = key, 0, NO_IMAGE
         self.samples += 1
@@ -120,8 +120,8 @@ class IndexBuilder:
             offsets=table[0],
             sizes=table[1],
             checksums=(table[2] & 0xFFFFFFFF).astype(np.uint32),
-            key_ends=np.cumsum([len(key) for key in self._keys], dtype=np.int64),
-            keys=b"".join(self._keys),
+            key_ends=np.cumsum([len(key) for key in self._encoded_keys], dtype=np.int64),
+            keys=b"".join(self._encoded_keys),
             widths=sizes[:, 0].copy(),
             heights=sizes[:, 1].copy(),
             text_bytes=sizes[:, 2].copy(),

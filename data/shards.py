@@ -1,34 +1,50 @@
 """A data set on disk: a folder of tars with their side-cars, described by `manifest.json`.
 
     DIR/train-000000.tar  DIR/train-000000.idx  ...  DIR/concepts.json  DIR/manifest.json
+    DIR/statistics.json  DIR/README.md
 
 The tars are plain WebDataset. The manifest names every shard of every split with its size, sample
 count and checksum; its hash identifies the data set in checkpoints. Nothing in it depends on the
-time or the machine, so the same source gives the same manifest, byte for byte.
+time or the machine, so the same source gives the same manifest, byte for byte. All layouts are
+specified in `docs/shard_format.md`.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from heapq import nsmallest
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
-from webdataset import TarWriter
 
 from groundwork.data.atomic import directory_written_atomically
+from groundwork.data.data_card import CARD, data_card, is_card
+from groundwork.data.duplicates import equal_hashes
 from groundwork.data.samples import Concept, Sample
-from groundwork.data.shard_index import ShardError, index_path, scan_tar, write_index
+from groundwork.data.shard_index import ShardError, index_path, map_index
+from groundwork.data.split_writer import (
+    SPLIT,
+    ShardLimits,
+    WrittenShard,
+    WrittenSplit,
+    repeated_key,
+    run_path,
+    write_splits,
+)
+from groundwork.data.statistics import Duplicates, SplitStatistics, Statistics
 
 MANIFEST = "manifest.json"
 CONCEPTS = "concepts.json"
+STATISTICS = "statistics.json"
 FORMAT = "groundwork-shards"
 FORMAT_VERSION = 1
-#: Names of splits: they begin file names.
-SPLIT = re.compile(r"\w[\w.-]*")
+REBUILD = "build the data set again with `groundwork shards build SOURCE --out DIR`"
+#: Contents that the statistics name as examples of duplicates, and samples of each.
+MAX_EXAMPLES = 10
 
 
 @dataclass(frozen=True)
@@ -59,52 +75,6 @@ class Manifest:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class _SplitWriter:
-    """Writes one split, starting a new tar whenever the present one is full."""
-
-    def __init__(self, directory: Path, split: str, max_samples: int, max_bytes: int) -> None:
-        self.directory, self.split = directory, split
-        self.max_samples, self.max_bytes = max_samples, max_bytes
-        self.shards: list[Shard] = []
-        self.samples = self.bytes = 0
-        self.tar: TarWriter | None = None
-
-    def path(self) -> Path:
-        return self.directory / f"{self.split}-{len(self.shards):06d}.tar"
-
-    def write(self, sample: Sample) -> None:
-        if self.tar is None:
-            # a fixed time and owner make the same samples give the same bytes
-            self.file = self.path().open("wb")
-            self.tar = TarWriter(
-                self.file, encoder=False, mtime=0, user="groundwork", group="groundwork"
-            )
-        self.bytes += self.tar.write({"__key__": sample.key, **sample.fields()})
-        self.samples += 1
-        if self.samples >= self.max_samples or self.bytes >= self.max_bytes:
-            self.close()
-
-    def close(self) -> None:
-        """Finish the present tar: index it and note it in `shards`."""
-        if self.tar is None:
-            return
-        path = self.path()
-        self.tar.close()
-        self.file.close()
-        self.tar = None
-        write_index(scan_tar(path), index_path(path))
-        self.shards.append(Shard(path.name, self.samples, path.stat().st_size, file_checksum(path)))
-        self.samples = self.bytes = 0
-
-    def abandon(self) -> None:
-        """Close the file of the present tar, which is not taken up in `shards`."""
-        if self.tar is not None:
-            # closing the tar itself would write its end, which on a full disk fails once more
-            self.tar.tarstream.fileobj.closed = True
-            self.file.close()
-            self.tar = None
-
-
 def write_shards(
     samples: Iterable[tuple[str, Sample]],
     out: Path,
@@ -122,58 +92,145 @@ def write_shards(
     A data set that is there already is replaced, anything else is not.
     Raises ShardError for a key that a split holds twice, and when there is no sample at all.
     """
-    if max_samples < 1 or max_bytes < 1:
-        raise ValueError(f"max_samples {max_samples} and max_bytes {max_bytes} must be at least 1")
-    # encoded first, so that what cannot be written is found before hours of writing
-    concepts_json = _encode([asdict(concept) for concept in concepts])
-    _encode(source)
-    try:
-        with directory_written_atomically(out, is_ours=is_data_set) as directory:
-            shards = _write_splits(samples, directory, name, max_samples, max_bytes)
-            if not shards:
-                raise ShardError(f"source {name!r} yielded no sample; nothing was written to {out}")
-            manifest = Manifest(name, source, licence, shards)
-            (directory / CONCEPTS).write_bytes(concepts_json)
-            record = {
-                "format": FORMAT,
-                "version": FORMAT_VERSION,
-                "written_by": f"groundwork-pretrain {version('groundwork-pretrain')}",
-                **asdict(manifest),
-            }
-            (directory / MANIFEST).write_bytes(_encode(record))
-    except (NotADirectoryError, FileExistsError, BlockingIOError) as error:
-        raise ShardError(f"{out}: {error.strerror}; choose another folder") from error
+    limits, concepts = ShardLimits(max_samples, max_bytes), list(concepts)
+    check_encodable(source, concepts)
+    with data_set_written_atomically(out) as directory:
+        splits = write_splits(samples, directory, name=name, limits=limits)
+        if not splits:
+            raise no_sample(name, out)
+        manifest = finish_data_set(
+            directory,
+            {split: [written] for split, written in splits.items()},
+            name=name,
+            source=source,
+            licence=licence,
+            concepts=concepts,
+        )
+        for run in directory.glob("*.hashes"):
+            run.unlink()
     return manifest
 
 
-def _write_splits(
-    samples: Iterable[tuple[str, Sample]],
-    directory: Path,
-    name: str,
-    max_samples: int,
-    max_bytes: int,
-) -> dict[str, tuple[Shard, ...]]:
-    writers: dict[str, _SplitWriter] = {}
-    keys: set[tuple[str, str]] = set()
+@contextmanager
+def data_set_written_atomically(out: Path) -> Iterator[Path]:
+    """`directory_written_atomically` for data sets: another one is replaced, anything else not."""
     try:
-        for split, sample in samples:
-            if (split, sample.key) in keys:
-                raise ShardError(f"source {name!r}: key {sample.key!r} twice in split {split!r}")
-            keys.add((split, sample.key))
-            if split not in writers:
-                if not SPLIT.fullmatch(split):
-                    raise ShardError(
-                        f"source {name!r}: split {split!r}: a split is named by letters, digits, "
-                        "'_', '-' and '.', because its shards begin with its name"
-                    )
-                writers[split] = _SplitWriter(directory, split, max_samples, max_bytes)
-            writers[split].write(sample)
-        for writer in writers.values():
-            writer.close()
-    finally:
-        for writer in writers.values():
-            writer.abandon()
-    return {split: tuple(writer.shards) for split, writer in sorted(writers.items())}
+        with directory_written_atomically(out, is_ours=is_data_set) as directory:
+            yield directory
+    except (NotADirectoryError, FileExistsError, BlockingIOError) as error:
+        raise ShardError(f"{out}: {error.strerror}; choose another folder") from error
+
+
+def no_sample(name: str, out: Path) -> ShardError:
+    return ShardError(f"source {name!r} yielded no sample; nothing was written to {out}")
+
+
+def finish_data_set(
+    directory: Path,
+    splits: Mapping[str, Sequence[WrittenSplit]],
+    *,
+    name: str,
+    source: Mapping[str, Any],
+    licence: str,
+    concepts: Sequence[Concept],
+) -> Manifest:
+    """Describe the shards in `directory`: manifest, classes, statistics and card.
+
+    splits: by name, in the order in which their shards are numbered. The shards are there under
+    their final names (`shard_name`), their runs of hashes where they were written.
+    Raises ShardError for a key that a split holds twice.
+    """
+    shards = {split: [s for part in parts for s in part.shards] for split, parts in splits.items()}
+    shards = {split: shards[split] for split in sorted(shards) if shards[split]}
+    for split in shards:
+        _refuse_repeated_keys(directory, split, shards[split], name)
+    statistics = Statistics(
+        {split: _total(splits[split]) for split in shards}, _duplicates(directory, shards)
+    )
+    manifest = Manifest(
+        name,
+        source,
+        licence,
+        {
+            split: tuple(
+                Shard(shard_name(split, number), shard.samples, shard.bytes, shard.crc32c)
+                for number, shard in enumerate(shards[split])
+            )
+            for split in shards
+        },
+    )
+    (directory / CONCEPTS).write_bytes(_encode([asdict(concept) for concept in concepts]))
+    (directory / STATISTICS).write_bytes(_encode(statistics.record()))
+    counts = {split: (manifest.samples(split), len(shards[split])) for split in shards}
+    first = shard_name(next(iter(shards)), 0)
+    card = data_card(name, licence, source, counts, first, len(concepts), statistics)
+    (directory / CARD).write_bytes(card)
+    record = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "written_by": f"groundwork-pretrain {version('groundwork-pretrain')}",
+        **asdict(manifest),
+    }
+    (directory / MANIFEST).write_bytes(_encode(record))
+    return manifest
+
+
+def shard_name(split: str, number: int) -> str:
+    """The file name of a shard in a data set."""
+    return f"{split}-{number:06d}.tar"
+
+
+def _total(parts: Sequence[WrittenSplit]) -> SplitStatistics:
+    total = SplitStatistics()
+    for part in parts:
+        total.merge(part.statistics)
+    return total
+
+
+def _refuse_repeated_keys(
+    directory: Path, split: str, shards: Sequence[WrittenShard], name: str
+) -> None:
+    for group in equal_hashes([run_path(shard.path) for shard in shards], "key"):
+        # hashes of 8 bytes may be equal by chance, so the keys themselves decide
+        found: dict[str, int] = {}
+        for number, row in group:
+            key = _key(directory / shard_name(split, number), row)
+            if key in found:
+                first, second = shard_name(split, found[key]), shard_name(split, number)
+                raise repeated_key(name, key, split, f" (in {first} and {second})")
+            found[key] = number
+
+
+def _duplicates(directory: Path, shards: Mapping[str, Sequence[WrittenShard]]) -> Duplicates:
+    """Equal images in all splits."""
+    owners = [(split, number) for split in shards for number in range(len(shards[split]))]
+    runs = [run_path(shards[split][number].path) for split, number in owners]
+    contents = samples = across = 0
+    first: list[list[tuple[int, int]]] = []
+    for group in equal_hashes(runs, "image"):
+        contents += 1
+        samples += len(group) - 1
+        across += len({owners[run][0] for run, _ in group}) > 1
+        first.append(group[:MAX_EXAMPLES])
+        if len(first) > 100 * MAX_EXAMPLES:
+            first = nsmallest(MAX_EXAMPLES, first)
+    examples = tuple(
+        tuple(
+            (owners[run][0], _key(directory / shard_name(*owners[run]), row)) for run, row in group
+        )
+        for group in nsmallest(MAX_EXAMPLES, first)
+    )
+    return Duplicates(contents, samples, across, examples)
+
+
+def _key(tar: Path, row: int) -> str:
+    return map_index(index_path(tar), verify=False).key(row)
+
+
+def check_encodable(source: Mapping[str, Any], concepts: Sequence[Concept]) -> None:
+    """Raise for what cannot be written, before hours of writing."""
+    _encode([asdict(concept) for concept in concepts])
+    _encode(source)
 
 
 def file_checksum(path: Path) -> int:
@@ -198,36 +255,23 @@ def is_data_set(directory: Path) -> bool:
         tars = {shard["file"] for shards in record["splits"].values() for shard in shards}
         present = {entry.name for entry in directory.iterdir() if not entry.is_dir()}
         has_folder = len(present) < sum(1 for _ in directory.iterdir())
+        # one that somebody has written more into is theirs
+        card_is_ours = CARD not in present or is_card((directory / CARD).read_bytes())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return False
     side_cars = {str(Path(tar).with_suffix(".idx")) for tar in tars}
-    return not has_folder and present <= {MANIFEST, CONCEPTS} | tars | side_cars
+    ours = {MANIFEST, CONCEPTS, STATISTICS} | tars | side_cars
+    return not has_folder and card_is_ours and present <= ours | {CARD}
 
 
 def read_manifest(directory: Path) -> Manifest:
     """Read and check `DIR/manifest.json`; every shard it names must exist with the right size."""
     path = directory / MANIFEST
-    rebuild = "build the data set again with `groundwork shards build SOURCE --out DIR`"
     if not path.is_file():
-        raise ShardError(f"{directory}: no data set here ({MANIFEST} is missing); {rebuild}")
-    try:
-        record = json.loads(path.read_text("utf-8"))
-        if record["format"] != FORMAT or record["version"] != FORMAT_VERSION:
-            raise ValueError(f"format {record['format']!r} version {record['version']!r}")
-        splits = {
-            split: tuple(_shard(shard) for shard in shards)
-            for split, shards in record["splits"].items()
-        }
-        files = [shard.file for split in splits.values() for shard in split]
-        if len(set(files)) != len(files):
-            raise ValueError("it names a shard twice")
-        manifest = Manifest(record["name"], record["source"], record["licence"], splits)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{path}: not a groundwork manifest ({error}); {rebuild}") from error
+        raise ShardError(f"{directory}: no data set here ({MANIFEST} is missing); {REBUILD}")
+    manifest = parse_manifest(path.read_bytes(), str(path))
     missing, wrong = [], []
-    for shard in (shard for split in splits.values() for shard in split):
-        if not SPLIT.fullmatch(shard.file):
-            raise ShardError(f"{path}: shard {shard.file!r} lies outside the folder; refused")
+    for shard in (shard for split in manifest.splits.values() for shard in split):
         file = directory / shard.file
         if not file.is_file():
             missing.append(shard.file)
@@ -239,9 +283,44 @@ def read_manifest(directory: Path) -> Manifest:
             f"truncated or replaced: {_some(wrong)}" if wrong else "",
         ]
         raise ShardError(
-            f"{directory}: {'; '.join(filter(None, parts))}. Fetch these shards again, or {rebuild}"
+            f"{directory}: {'; '.join(filter(None, parts))}. Fetch these shards again, or {REBUILD}"
         )
     return manifest
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Read a manifest from its bytes; the shards are not looked for. where: for messages."""
+    try:
+        record = json.loads(data)
+        if record["format"] != FORMAT or record["version"] != FORMAT_VERSION:
+            raise ValueError(f"format {record['format']!r} version {record['version']!r}")
+        splits = {
+            split: tuple(_shard(shard) for shard in shards)
+            for split, shards in record["splits"].items()
+        }
+        files = [shard.file for split in splits.values() for shard in split]
+        if len(set(files)) != len(files):
+            raise ValueError("it names a shard twice")
+        manifest = Manifest(record["name"], record["source"], record["licence"], splits)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ShardError(f"{where}: not a groundwork manifest ({error}); {REBUILD}") from error
+    for file in files:
+        if not SPLIT.fullmatch(file):
+            raise ShardError(f"{where}: shard {file!r} lies outside the folder; refused")
+    return manifest
+
+
+def read_statistics(directory: Path) -> Statistics | None:
+    """What `DIR/statistics.json` says; None where there is none, as in older data sets."""
+    path = directory / STATISTICS
+    try:
+        return Statistics.from_record(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ShardError(
+            f"{path}: not statistics of a data set ({error}); delete it, or {REBUILD}"
+        ) from error
 
 
 def _shard(record: Any) -> Shard:
