@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from groundwork.data.browse.server import Browser
     from groundwork.data.knowledge.index import KnowledgeIndex
 
+#: The resolved recipe in the folder of a run.
+RECIPE = "recipe.yaml"
 #: Taken where no --port is given, unless another program has it.
 USUAL_PORT = 8765
 
@@ -89,24 +91,24 @@ def _collection_of_run(
     from groundwork.data.order import sample_generator
     from groundwork.data.samples import Sample
     from groundwork.data.shard_index import ShardError
-    from groundwork.pretrain.engine.checkpoint import find_checkpoint, read_state
-    from groundwork.pretrain.image_text import open_stream, open_training_data
+    from groundwork.pretrain.image_text import TEMPLATES, ImageTextDecoder, open_training_data
     from groundwork.pretrain.recipe import load_recipe
-    from groundwork.pretrain.run import RECIPE
 
     recipe = load_recipe(str(run / RECIPE))
     data = recipe.data if directory is None else replace(recipe.data, shards=directory)
     dataset, index = open_training_data(data)
-    checkpoint = find_checkpoint(run)
-    if checkpoint is not None and read_state(checkpoint).dataset != dataset.digest:
+    trained_on = _dataset_digest(run)
+    if trained_on is not None and trained_on != dataset.digest:
         raise ShardError(
             f"{data.shards} is not what {run} was trained on, or has changed since; name the data "
             "set it was trained on, or leave out --run"
         )
-    stream = open_stream(data, dataset, index, recipe.train.seed)
+    decoder = ImageTextDecoder(
+        data.image, dataset.concepts, TEMPLATES[data.templates], index, data.knowledge
+    )
 
     def check(sample: Sample, position: int) -> object:
-        return stream.decoder(sample, sample_generator(recipe.train.seed, position))
+        return decoder(sample, sample_generator(recipe.train.seed, position))
 
     return Collection(
         data.shards,
@@ -118,6 +120,20 @@ def _collection_of_run(
         step=step,
         knowledge=knowledge or index,
     )
+
+
+def _dataset_digest(run: Path) -> str | None:
+    """What the data set of a run was, as its last checkpoint says."""
+    from groundwork.pretrain.engine.checkpoint import CheckpointError, find_checkpoint, read_state
+
+    checkpoint = find_checkpoint(run)
+    if checkpoint is None:
+        return None
+    try:
+        return read_state(checkpoint).dataset
+    except CheckpointError:  # of an earlier version, which this only wants to look at
+        print(f"{checkpoint} does not tell whether this is the data set trained on", flush=True)
+        return None
 
 
 def _serve(collection: "Collection", port: int | None) -> int:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from groundwork.data.knowledge.index import KnowledgeIndex
@@ -82,7 +83,7 @@ def segments(
                 (n for n, e in enumerate(entities) if e.begin <= begin and end <= e.end), None
             ),
         }
-        for begin, end in zip(cuts, cuts[1:], strict=False)
+        for begin, end in pairwise(cuts)
     ]
 
 

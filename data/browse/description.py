@@ -17,7 +17,7 @@ from groundwork.data.browse.annotation import (
 from groundwork.data.browse.collection import Split
 from groundwork.data.browse.pictures import member_kind
 from groundwork.data.knowledge.index import KnowledgeIndex
-from groundwork.data.samples import Sample, SampleError
+from groundwork.data.samples import Concept, Sample, SampleError
 
 #: Limits of what one sample may put on the page; the number left out is said there.
 MAX_BOXES = 1000
@@ -63,7 +63,7 @@ def full(split: Split, number: int, knowledge: KnowledgeIndex | None) -> dict[st
     except SampleError:
         return entry
     problems: list[str] = []
-    boxes = _boxes(sample, problems)
+    boxes = _boxes(split, sample, problems)
     texts = _texts(sample, problems)
     return {
         **entry,
@@ -168,7 +168,23 @@ def _class(split: Split, sample: Sample, knowledge: KnowledgeIndex | None) -> di
     }
 
 
-def _boxes(sample: Sample, problems: list[str]) -> list[dict[str, Any]]:
+def _name(box: Mapping[str, Any], concepts: Mapping[int, Concept]) -> str:
+    """What a box is of: its category, or the name of its class."""
+    category, label = box.get("category"), box.get("label")
+    if category is not None and category != "":
+        return short(category)
+    if type(label) is int and label in concepts:
+        return concepts[label].name
+    return "" if label is None else short(label)
+
+
+def _note(box: Mapping[str, Any]) -> str:
+    """The numbers that tell a box from others and tie it to them."""
+    known = {name: box[name] for name in ("label", "pair", "id") if box.get(name) is not None}
+    return ", ".join(f"{name} {short(value, 24)}" for name, value in known.items())
+
+
+def _boxes(split: Split, sample: Sample, problems: list[str]) -> list[dict[str, Any]]:
     listed = sample.info.get("boxes", [])
     if not isinstance(listed, list):
         problems.append(f"boxes: {short(listed)}: expected a list")
@@ -177,19 +193,21 @@ def _boxes(sample: Sample, problems: list[str]) -> list[dict[str, Any]]:
         problems.append(f"boxes: the first {MAX_BOXES} of {len(listed):,} are shown")
     boxes, points = [], 0
     for index, box in enumerate(listed[:MAX_BOXES]):
-        corners = box.get("xyxy") if isinstance(box, dict) else None
+        if not isinstance(box, dict):
+            problems.append(f"box {index}: {short(box)}: expected an object")
+            continue
+        corners = _list(box.get("xyxy"))
         if not _is_numbers(corners) or len(corners) != 4:
-            problems.append(f"box {index}: xyxy is {short(corners)}: expected four numbers")
+            problems.append(f"box {index}: xyxy is {short(box.get('xyxy'))}: expected four numbers")
             continue
         polygons = _polygons(box.get("segmentation"))
         points += sum(map(len, polygons)) // 2
-        category = box.get("category")
         boxes.append(
             {
                 "index": index,
                 "xyxy": corners,
-                "label": short(box["label"]) if box.get("label") is not None else "",
-                "category": "" if category is None else short(category),
+                "name": _name(box, split.concepts),
+                "note": _note(box),
                 "crowd": bool(box.get("crowd")),
                 "polygons": polygons if points <= MAX_POINTS else [],
                 "spans": [
@@ -238,8 +256,10 @@ def _questions(sample: Sample, problems: list[str]) -> list[dict[str, Any]]:
 
 def _declared_size(sample: Sample) -> list[int] | None:
     """[width, height] as the `json` member says."""
-    size = [sample.info.get("width"), sample.info.get("height")]
-    return size if all(type(n) is int and 0 < n < 2**31 for n in size) else None  # type: ignore[return-value,operator]
+    width, height = sample.info.get("width"), sample.info.get("height")
+    if type(width) is not int or type(height) is not int:
+        return None
+    return [width, height] if 0 < width < 2**31 and 0 < height < 2**31 else None
 
 
 def _is_numbers(value: Any) -> bool:

@@ -67,15 +67,19 @@ def thumbnail(sample: Sample) -> tuple[bytes, str]:
     return buffer.getvalue(), "image/jpeg"
 
 
-def overlay(name: str, content: bytes) -> bytes:
+def overlay(name: str, content: bytes, *, near_is_dark: bool = True) -> bytes:
     """A label map or depth map as a coloured PNG; transparent where it says nothing.
 
     Labels get colours of their own, 0 is transparent; depth runs from near (bright) to far (dark)
-    over the values present. Raises SampleError for what cannot be decoded.
+    over the values present. near_is_dark: small values of a depth map are near ones, as distances
+    are. Raises SampleError for what cannot be decoded.
     """
     with _decoding:
         values = _map(name, content)
-        colours = _depth_colours(values) if member_kind(name) == "depth" else label_colours(values)
+        if member_kind(name) == "depth":
+            colours = _depth_colours(values, near_is_dark)
+        else:
+            colours = label_colours(values)
         image = Image.fromarray(colours)
         image.thumbnail((OVERLAY, OVERLAY), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
@@ -93,12 +97,13 @@ def label_colours(labels: NDArray[Any]) -> NDArray[np.uint8]:
     return np.concatenate([rgb, alpha], axis=-1).astype(np.uint8)
 
 
-def _depth_colours(depth: NDArray[Any]) -> NDArray[np.uint8]:
+def _depth_colours(depth: NDArray[Any], near_is_dark: bool) -> NDArray[np.uint8]:
     """(H, W) -> (H, W, 4) RGBA. 0 is no measurement."""
     known = depth > 0
     low, high = (float(depth[known].min()), float(depth[known].max())) if known.any() else (0, 1)
-    scaled = (depth.astype(np.float64) - low) / max(high - low, 1e-9)
-    colours = _depth_table()[(255 - np.clip(scaled, 0, 1) * 255).astype(np.uint8)]
+    scaled = np.clip((depth.astype(np.float64) - low) / max(high - low, 1e-9), 0, 1)
+    nearness = 1 - scaled if near_is_dark else scaled
+    colours = _depth_table()[(nearness * 255).astype(np.uint8)]
     return np.concatenate([colours, np.where(known, 255, 0)[..., None].astype(np.uint8)], axis=-1)
 
 
@@ -111,7 +116,7 @@ def _depth_table() -> NDArray[np.uint8]:
 
 
 def _map(name: str, content: bytes) -> NDArray[Any]:
-    """(H, W) values of a map. Colours stand for R + 256 G + 65,536 B, as in COCO's panoptic maps."""
+    """(H, W) values of a map; colours stand for R + 256 G + 65,536 B, as in panoptic COCO."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -101,7 +101,7 @@ function chip(name, kind, byDefault, change) {
   return el("label", { class: "chip" }, input, name);
 }
 
-const colour = (box) => ({ "--hue": hue(box.category || box.label) });
+const colour = (box) => ({ "--hue": hue(box.name) });
 
 function drawBoxes(sample, link) {
   const [width, height] = sample.size;
@@ -114,11 +114,10 @@ function drawBoxes(sample, link) {
     }
     const rect = { x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top) };
     shapes.append(link(svg("rect", { ...rect, class: box.crowd ? "crowd" : "", "data-box": box.index, style: colour(box) }), box.index));
-    const name = box.label || box.category;
-    if (name) {
+    if (box.name) {
       const low = top / height < 0.06;
       const style = { ...colour(box), left: `${(100 * left) / width}%`, top: `${(100 * top) / height}%` };
-      labels.append(el("span", { class: low ? "inside" : "", "data-box": box.index, style }, name));
+      labels.append(el("span", { class: low ? "inside" : "", "data-box": box.index, style }, box.name));
     }
   }
   return [shapes, labels];
@@ -188,8 +187,8 @@ function questions(sample) {
 function boxList(sample, link) {
   if (!sample.boxes?.length) return null;
   return section("Boxes", el("ul", {}, sample.boxes.map((box) =>
-    link(el("li", { "data-box": box.index, style: colour(box) }, el("i", {}), el("b", {}, box.label || box.category || `box ${box.index}`),
-      box.label && box.category ? el("small", {}, box.category) : null, box.crowd ? el("small", {}, "crowd") : null,
+    link(el("li", { "data-box": box.index, style: colour(box) }, el("i", {}), el("b", {}, box.name || `box ${box.index}`),
+      box.note ? el("small", {}, box.note) : null, box.crowd ? el("small", {}, "crowd") : null,
       el("code", {}, box.xyxy.map((n) => Math.round(n * 10) / 10).join(", "))), box.index))));
 }
 

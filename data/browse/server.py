@@ -18,7 +18,7 @@ from groundwork.data.browse.collection import Collection, Split
 from groundwork.data.browse.description import brief, full, raw
 from groundwork.data.browse.pictures import media_type, member_kind, overlay, thumbnail
 from groundwork.data.browse.scan import Filters, scan
-from groundwork.data.samples import SampleError
+from groundwork.data.samples import Sample, SampleError
 from groundwork.data.shard_index import ShardError
 
 LOOPBACK: Final = "127.0.0.1"
@@ -266,14 +266,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(sample.image, media_type(sample.image_format), KEPT)
 
     def _member(self, query: _Query) -> None:
-        name, content = self._named_member(query)
-        self._send(content, media_type(name), KEPT)
+        name, sample = self._named_member(query)
+        self._send(sample.members[name], media_type(name), KEPT)
 
     def _overlay(self, query: _Query) -> None:
-        name, content = self._named_member(query)
+        name, sample = self._named_member(query)
         if member_kind(name) not in ("labels", "depth"):
             raise RequestError(HTTPStatus.NOT_FOUND, f"{name} is no map of labels or depth")
-        self._send(overlay(name, content), "image/png", KEPT)
+        depth = sample.info.get("depth")
+        near_is_dark = not (isinstance(depth, dict) and depth.get("near") == "bright")
+        content = overlay(name, sample.members[name], near_is_dark=near_is_dark)
+        self._send(content, "image/png", KEPT)
 
     def _raw(self, query: _Query) -> None:
         """The whole `json` member, as a file."""
@@ -296,12 +299,12 @@ class _Handler(BaseHTTPRequestHandler):
             )
         return number
 
-    def _named_member(self, query: _Query) -> tuple[str, bytes]:
+    def _named_member(self, query: _Query) -> tuple[str, Sample]:
         split, name = self._split(query), query.text("name")
-        members = split.read(self._number(query, split)).members
-        if name not in members:
+        sample = split.read(self._number(query, split))
+        if name not in sample.members:
             raise RequestError(HTTPStatus.NOT_FOUND, f"this sample has no member {name[:80]!r}")
-        return name, members[name]
+        return name, sample
 
     def _send_json(self, record: Any, status: HTTPStatus = HTTPStatus.OK) -> None:
         # ASCII, as JSON members may hold halves of surrogate pairs, which have no UTF-8
@@ -327,7 +330,7 @@ class _Handler(BaseHTTPRequestHandler):
         if cache == KEPT:
             extra["Accept-Ranges"] = "bytes"
         if wanted is not None and any(wanted.groups()):
-            begin, end = _byte_range(*wanted.groups(), len(content))
+            begin, end = _byte_range(wanted[1], wanted[2], len(content))
             if begin >= end:
                 status, extra["Content-Range"] = (
                     HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
