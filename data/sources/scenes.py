@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, Literal
 
 from groundwork.data.samples import Concept, Sample
@@ -134,6 +135,7 @@ def concept_label(colour: str, shape: str) -> int:
     return list(SHAPES).index(shape) * len(COLOURS) + list(COLOURS).index(colour)  # type: ignore[arg-type]
 
 
+@cache
 def heldout_pairs(seed: int) -> frozenset[tuple[str, str]]:
     """(colour, shape) that training does not show: for each shape other colours."""
     rng = random.Random(f"scenes:{seed}:heldout")

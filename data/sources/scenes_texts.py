@@ -96,21 +96,26 @@ def unique_phrase(facts: Facts, seen: Seen, rng: random.Random, without: str = "
     """
     noun = " object" if without == "shape" else ""
     found = []
+    # mostly the shortest, as people do
+    wants_short = rng.random() < 0.6
     for attributes in PHRASES:
         named = [name for name in attributes if name != without]
         # only the shape may be replaced by another noun; without it there must be something left
         is_phrase = bool(named) if without == "shape" else without not in attributes
-        if is_phrase and _matching(facts, seen, named) == 1:
+        if is_phrase and _fits_only(facts, seen, named):
             found.append(phrase(seen.thing, named) + noun)
-    if not found:
-        return None
-    # mostly the shortest, as people do
-    return found[0] if rng.random() < 0.6 else _pick(rng, found)
+            if wants_short:
+                break
+    return _pick(rng, found) if found else None
 
 
-def _matching(facts: Facts, seen: Seen, attributes: Sequence[str]) -> int:
-    wanted = phrase(seen.thing, attributes)
-    return sum(phrase(other.thing, attributes) == wanted for other in facts.seen)
+def _fits_only(facts: Facts, seen: Seen, attributes: Sequence[str]) -> bool:
+    """Whether no other object, of those that show at all, has the same attributes."""
+    return not any(
+        all(getattr(other.thing, name) == getattr(seen.thing, name) for name in attributes)
+        for other in facts.seen
+        if other is not seen
+    )
 
 
 def _list_caption(facts: Facts, rng: random.Random) -> Caption:

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from groundwork.data.sources.scenes_description import Camera, Scene, SceneObject
+from groundwork.data.sources.scenes_description import Camera, Light, Scene, SceneObject
 from groundwork.data.sources.scenes_shapes import (
     MISS,
     Field,
@@ -153,20 +153,18 @@ def occluders(scene: Scene, hits: Hits, points: Fields, facing: Field) -> NDArra
     lit = np.flatnonzero(facing > 0)
     px, py, pz = (p[lit] for p in points)
     surface = hits.surface[lit]
-    lx, ly, lz = scene.light.toward
-    to_light: tuple[Field | float, Field | float, Field | float] = (lx, ly, lz)
-    if scene.light.kind == "lamp":
-        sx, sy, sz = scene.light.position
-        fx, fy, fz = sx - px, sy - py, sz - pz
-        inverse = np.float32(1) / np.sqrt(fx * fx + fy * fy + fz * fz)
-        to_light = (fx * inverse, fy * inverse, fz * inverse)
+    to_light = _to_light(scene.light, px, py, pz)
     for number, thing in enumerate(scene.objects, start=1):
         cx, cy, cz = thing.centre
         ax, ay, az = cx - px, cy - py, cz - pz
         along = ax * to_light[0] + ay * to_light[1] + az * to_light[2]
-        beside = ax * ax + ay * ay + az * az - along * along
-        limit = np.float32(thing.bounding_radius**2 * 1.01 + 1e-4)
-        near = np.flatnonzero((beside < limit) & (surface != number))
+        # Pythagoras: how far the ray passes beside the centre; wider by what rounding may cost
+        reach = along * along + np.float32(thing.bounding_radius**2 * 1.01 + 1e-4)
+        square = ax * ax
+        square += ay * ay
+        square += az * az
+        is_ahead = along > np.float32(-thing.bounding_radius)
+        near = np.flatnonzero((square < reach) & is_ahead & (surface != number))
         if not len(near):
             continue
         middle = along[near]
@@ -186,3 +184,15 @@ def occluders(scene: Scene, hits: Hits, points: Fields, facing: Field) -> NDArra
         nearest[where[first]] = total[first]
         shadows[where[first]] = number
     return shadows
+
+
+def _to_light(
+    light: Light, px: Field, py: Field, pz: Field
+) -> tuple[Field | float, Field | float, Field | float]:
+    """Unit vectors from points to the light; of a sun one for all."""
+    if light.kind == "sun":
+        return light.toward
+    sx, sy, sz = light.position
+    fx, fy, fz = sx - px, sy - py, sz - pz
+    inverse = np.float32(1) / np.sqrt(fx * fx + fy * fy + fz * fz)
+    return fx * inverse, fy * inverse, fz * inverse
