@@ -46,6 +46,9 @@ class Faults:
     seed: int = 0
 
 
+KINDS = ("unavailable", "stalls", "resets", "truncated", "wrong_length", "trickles")
+
+
 @dataclass(frozen=True)
 class Request:
     method: str
@@ -92,14 +95,7 @@ class FaultServer:
         """Note a request and choose its fault."""
         with self._lock:
             value, fault = self._random.random(), ""
-            for kind in (
-                "unavailable",
-                "stalls",
-                "resets",
-                "truncated",
-                "wrong_length",
-                "trickles",
-            ):
+            for kind in KINDS:
                 share = getattr(self.faults, kind)
                 if value < share and len(self.requests) < self.faults.only_first:
                     fault = kind
