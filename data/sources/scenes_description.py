@@ -37,6 +37,9 @@ PROPORTIONS: Final = {"sphere": 1.0, "cube": 1.0, "cylinder": 0.82, "cone": 0.95
 MAX_OBJECTS: Final = 6
 #: Free ground between two solids, in metres.
 GAP: Final = 0.12
+#: Share of the small solids, of those that come after a large one, that are put in a shadow: by
+#: chance alone hardly any would be.
+IN_SHADOW: Final = 0.4
 #: Places tried for a solid before the scene does without it.
 PLACING_TRIES: Final = 60
 #: sRGB of the ground; the sky meets it at the horizon.
@@ -178,8 +181,9 @@ class SceneSettings:
 
 def choose_scene(settings: SceneSettings, rng: random.Random) -> Scene:
     """Draw a scene: a pure function of the settings and the generator's state."""
-    light_side, room = rng.random(), rng.random() < 0.4
-    objects = _choose_objects(settings, rng)
+    room = rng.random() < 0.4
+    light = _choose_light(rng, room)
+    objects = _choose_objects(settings, light, rng)
     azimuth = _range(rng, -28, 28)
     camera = frame(
         [objects],
@@ -188,7 +192,6 @@ def choose_scene(settings: SceneSettings, rng: random.Random) -> Scene:
         tangent=_range(rng, 0.28, 0.45),
         margin=_range(rng, 1.03, 1.25),
     )[0]
-    light = _choose_light(rng, room, light_side)
     return Scene(objects, light, camera, _choose_backdrop(rng, objects, room))
 
 
@@ -245,10 +248,12 @@ def is_free(x: float, y: float, footprint: float, others: Sequence[SceneObject])
     )
 
 
-def _choose_objects(settings: SceneSettings, rng: random.Random) -> tuple[SceneObject, ...]:
+def _choose_objects(
+    settings: SceneSettings, light: Light, rng: random.Random
+) -> tuple[SceneObject, ...]:
     least, most = settings.objects
     count = least + int(rng.random() * (most - least + 1))
-    radius = 0.6 + 0.25 * count
+    radius = 0.55 + 0.2 * count
     objects: list[SceneObject] = []
     while len(objects) < count:
         size, material = _pick(rng, SIZES), _pick(rng, MATERIALS)
@@ -258,11 +263,15 @@ def _choose_objects(settings: SceneSettings, rng: random.Random) -> tuple[SceneO
         heading = cos_sin(_range(rng, 0, 90))
         look = (_tint(rng, COLOURS[colour]), _range(rng, 3.0, 4.5), _range(rng, 0, 1))
         footprint = base * (2**0.5 if shape == "cube" else 1.0)
+        shading = [o for o in objects if o.size == "large"] if size == "small" else []
+        in_shadow = bool(shading) and rng.random() < IN_SHADOW
         for attempt in range(PLACING_TRIES + 1):
             # the ground grows until there is room, so a scene has as many solids as were drawn
             reach = radius * (1 + max(0, attempt - PLACING_TRIES // 2) / 10)
             # deeper than wide, since the view foreshortens depth
             x, y = _range(rng, -reach, reach), 1.4 * _range(rng, -reach, reach)
+            if in_shadow and attempt < PLACING_TRIES // 4:
+                x, y = _shaded_place(_pick(rng, shading), light, footprint, rng)
             if is_free(x, y, footprint, objects):
                 objects.append(
                     SceneObject(
@@ -271,6 +280,17 @@ def _choose_objects(settings: SceneSettings, rng: random.Random) -> tuple[SceneO
                 )
                 break
     return tuple(objects)
+
+
+def _shaded_place(
+    shading: SceneObject, light: Light, footprint: float, rng: random.Random
+) -> tuple[float, float]:
+    """A place near the foot of a solid, on its side away from the light."""
+    x, y, z = light.toward
+    level = math.sqrt(x * x + y * y)
+    length = shading.half_height * level / z  # half of its shadow's
+    away = shading.footprint + footprint + GAP + rng.random() * 0.6 * length
+    return shading.x - x / level * away, shading.y - y / level * away
 
 
 def _choose_pair(settings: SceneSettings, rng: random.Random, *, first: bool) -> tuple[str, Shape]:
@@ -282,13 +302,13 @@ def _choose_pair(settings: SceneSettings, rng: random.Random, *, first: bool) ->
             return colour, shape
 
 
-def _choose_light(rng: random.Random, room: bool, side: float) -> Light:
+def _choose_light(rng: random.Random, room: bool) -> Light:
     # Before a wall the light comes from the viewer's side, else the wall would be dark. It never
     # comes from the viewer, where objects hide their shadows.
     aside = 30 + rng.random() * (45 if room else 105)
-    azimuth = 180 + (aside if side < 0.5 else -aside)
+    azimuth = 180 + (aside if rng.random() < 0.5 else -aside)
     kind: Literal["sun", "lamp"] = "sun" if rng.random() < 0.6 else "lamp"
-    toward = direction(azimuth, _range(rng, 34, 62))
+    toward = direction(azimuth, _range(rng, 26, 56))
     strength = _range(rng, 0.82, 1.0)
     soft = rng.random() < 0.6
     softness = _range(rng, 0.006, 0.016) if soft else 0.0

@@ -6,7 +6,7 @@ shows a sliver, and a phrase with "the" fits exactly one object that can be seen
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -42,6 +42,9 @@ OPPOSITES: Final[dict[Predicate, Predicate]] = {
 }
 #: Questions per picture, at most.
 MAX_QUESTIONS: Final = 6
+#: Share of the pictures in which a shadow is asked for that is there, or one that is not.
+SHADED_ASKED: Final = 0.8
+UNSHADED_ASKED: Final = 0.3
 #: Relations that captions state, at most.
 MAX_RELATION_CAPTIONS: Final = 3
 
@@ -242,15 +245,30 @@ def _relation_questions(facts: Facts, rng: random.Random) -> list[dict[str, Any]
         questions.append(
             _question(f"Is the {names[0]} {asked} the {names[1]}?", answer, "relation")
         )
-    # of shadows nothing is the opposite; a "no" needs an object without a pixel in the shadow
-    first, second = _two(rng, facts.listed)
-    shaded = first.shaded_by.get(second.number, 0)
-    stated = (first.number, "in the shadow of", second.number) in facts.relations
-    names = [unique_phrase(facts, s, rng) for s in (first, second)]
-    if None not in names and (stated or not shaded):
-        question = f"Is the {names[0]} in the shadow of the {names[1]}?"
-        questions.append(_question(question, "yes" if stated else "no", "shadow"))
+    questions.extend(_shadow_questions(facts, by_number, rng))
     return questions
+
+
+def _shadow_questions(
+    facts: Facts, by_number: Mapping[int, Seen], rng: random.Random
+) -> list[dict[str, Any]]:
+    """ "Yes" where the relation holds, "no" where not one pixel lies in the other's shadow."""
+    shaded = [(a, b) for a, predicate, b in facts.relations if predicate == "in the shadow of"]
+    # of all pairs few are shaded; the shares make the answers about as frequent
+    if shaded and rng.random() < SHADED_ASKED:
+        (subject, other), answer = _pick(rng, shaded), "yes"
+    elif rng.random() < UNSHADED_ASKED:
+        first, second = _two(rng, facts.listed)
+        if second.number in first.shaded_by:
+            return []
+        (subject, other), answer = (first.number, second.number), "no"
+    else:
+        return []
+    names = [unique_phrase(facts, by_number[n], rng) for n in (subject, other)]
+    if None in names:
+        return []
+    question = f"Is the {names[0]} in the shadow of the {names[1]}?"
+    return [_question(question, answer, "shadow")]
 
 
 def _question(question: str, answer: str, kind: str) -> dict[str, Any]:
