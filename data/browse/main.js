@@ -43,6 +43,22 @@ function go(changes) {
   location.hash = link(changes);
 }
 
+/** Turn pages from where the address is, not from what has been drawn of it so far. */
+function turn(by) {
+  if (state.order === "step" && state.step + by > 0) go({ step: state.step + by, at: 0 });
+  else if (state.order !== "step") turnPage(by);
+}
+
+function turnPage(by) {
+  const at = state.at - (state.at % PAGE) + by * PAGE;
+  if (!filtered() && !state.sample && at >= 0 && at < length()) go({ at });
+}
+
+function walk(by) {
+  const at = state.at + by;
+  if (at >= 0 && (at < length() || results?.running)) go({ at });
+}
+
 const filtered = () => state.order !== "step" && FILTERS.some((name) => state[name] !== "");
 const size = () => about.splits.find((split) => split.name === state.split).samples;
 /** Places in the present list; the order of training has no end. */
@@ -87,8 +103,8 @@ async function showGrid(signal) {
     view.replaceChildren(stepBar(), el("p", { class: "note" }, "How many samples has a step? Enter the global batch above, or start with --global-batch or --run."));
     return undefined;
   }
-  const start = Math.min(state.at - (state.at % PAGE), Math.max(0, last - 1) - (Math.max(0, last - 1) % PAGE) || 0);
-  const begin = Number.isFinite(start) ? start : state.at - (state.at % PAGE);
+  const at = Math.min(state.at, Math.max(0, last - 1));
+  const begin = at - (at % PAGE);
   const count = Math.min(PAGE, last - begin);
   if (!view.querySelector(".grid")) view.replaceChildren(el("p", { class: "wait" }, "reading…"));
   const found = await entries(begin, count, signal);
@@ -111,9 +127,9 @@ function pager(start, count, last) {
   const total = Number.isFinite(last) ? `of ${thousands(last)}` : `(epoch ${thousands(Math.floor(start / size()))}, ${thousands(size())} samples each)`;
   const order = state.order === "file" ? "" : about.shuffle ? `, shuffled with seed ${about.seed}` : ", not shuffled";
   return el("nav", { class: "pager" },
-    el("button", { class: "icon", disabled: start === 0, title: "Previous page (PgUp)", "data-page": -1, onclick: () => go({ at: start - PAGE }) }, "‹"),
+    el("button", { class: "icon", disabled: start === 0, title: "Previous page (PgUp)", "data-page": -1, onclick: () => turnPage(-1) }, "‹"),
     el("span", {}, `${count ? `${thousands(start)} – ${thousands(start + count - 1)}` : "none"} ${total}${order}`),
-    el("button", { class: "icon", disabled: start + PAGE >= last, title: "Next page (PgDn)", "data-page": 1, onclick: () => go({ at: start + PAGE }) }, "›"),
+    el("button", { class: "icon", disabled: start + PAGE >= last, title: "Next page (PgDn)", "data-page": 1, onclick: () => turnPage(1) }, "›"),
     el("form", { onsubmit: (event) => { event.preventDefault(); if (to.value !== "") go({ at: Number(to.value), sample: true }); } }, to, el("button", {}, "Go")));
 }
 
@@ -209,9 +225,9 @@ async function showSample(signal) {
   const place = state.order === "step" ? `step ${thousands(state.step)}, ${thousands(at + 1)} of ${thousands(last)}` : `${thousands(at)}${Number.isFinite(last) ? ` of ${thousands(last)}` : ""}`;
   const bar = el("nav", { class: "pager" },
     el("a", { class: "button", href: link({ sample: false, at }), "data-back": "" }, "‹ Grid"),
-    el("button", { class: "icon", "data-go": -1, disabled: at === 0, title: "Previous (←)", onclick: () => go({ at: at - 1 }) }, "←"),
+    el("button", { class: "icon", "data-go": -1, disabled: at === 0, title: "Previous (←)", onclick: () => walk(-1) }, "←"),
     el("span", {}, place),
-    el("button", { class: "icon", "data-go": 1, disabled: at + 1 >= last && !results?.running, title: "Next (→)", onclick: () => go({ at: at + 1 }) }, "→"),
+    el("button", { class: "icon", "data-go": 1, disabled: at + 1 >= last && !results?.running, title: "Next (→)", onclick: () => walk(1) }, "→"),
     el("code", { class: "key" }, sample.key));
   view.replaceChildren(bar, sampleView(sample, entry, context()));
   linkCards();
@@ -298,7 +314,6 @@ function onKey(event) {
     return;
   }
   if (typing) return;
-  const click = (selector) => view.querySelector(selector)?.click();
   const keys = {
     "/": () => $("text").focus(),
     "?": () => $("keys").showModal(),
@@ -308,12 +323,11 @@ function onKey(event) {
     d: () => toggle(view, "depth"),
   };
   if (state.sample) {
-    keys.ArrowLeft = () => click("[data-go='-1']");
-    keys.ArrowRight = () => click("[data-go='1']");
+    keys.ArrowLeft = () => walk(-1);
+    keys.ArrowRight = () => walk(1);
   } else {
     for (const key of ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"]) keys[key] = () => move(view, key);
   }
-  const turn = (by) => (state.order === "step" ? state.step + by > 0 && go({ step: state.step + by, at: 0 }) : click(`[data-page='${by}']`));
   keys.PageUp = () => turn(-1);
   keys.PageDown = () => turn(1);
   if (Object.hasOwn(keys, event.key)) {
