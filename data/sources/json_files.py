@@ -87,7 +87,8 @@ class JsonFile:
             except (ijson.JSONError, UnicodeDecodeError) as error:
                 raise SourceError(
                     f"{self.path}: byte {file.tell()} or before: not JSON "
-                    f"({str(error).splitlines()[0]}); the file is damaged or was not fully fetched: fetch it again"
+                    f"({str(error).splitlines()[0]}); the file is damaged or was not fully "
+                    "fetched: fetch it again"
                 ) from error
 
 

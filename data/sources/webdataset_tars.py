@@ -1,0 +1,84 @@
+"""Tars of images and captions as open_clip, LAION and DataComp have them.
+
+    ROOT/00000.tar      members KEY.jpg, KEY.txt, KEY.json, and others
+    ROOT/00001.tar      ...
+
+The JSON of DataComp and LAION has uid, url, caption, sha256, width, height, original_width and
+more; all of it is kept. Such tars can be streamed in place, too: `data.shards: ROOT`. Importing
+checks every sample, gives keys that are unique over all tars, a manifest, and splits.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from groundwork.data.samples import Sample
+from groundwork.data.sources.errors import SourceError
+from groundwork.data.sources.keys import sample_key
+from groundwork.data.sources.report import BadItemError, ImportReport
+from groundwork.data.sources.tar_fields import TarFields, record_sample, tar_records
+
+KIND: Final = "webdataset"
+
+
+@dataclass(frozen=True)
+class WebdatasetConfig:
+    """Which tars become which split.
+
+    root: a folder, read at any depth, or one tar. check_sha256: compare `sha256` of the JSON with
+    the stored image; right only where images were stored as they were fetched, since img2dataset
+    notes the sum before it resizes. skip_bad: pass over bad samples and count them.
+    """
+
+    root: Path
+    split: str = "train"
+    fields: TarFields = field(default_factory=TarFields)
+    check_sha256: bool = False
+    skip_bad: bool = False
+
+
+def webdataset_samples(
+    config: WebdatasetConfig, report: ImportReport | None = None
+) -> Iterator[tuple[str, Sample]]:
+    """Every sample of every tar, in the order of the tars' paths."""
+    report = report or ImportReport()
+    folder = config.root if config.root.is_dir() else config.root.parent
+    for tar in tars_below(config.root):
+        name = tar.relative_to(folder).with_suffix("").as_posix()
+        for record in tar_records(tar, report, skip_bad=config.skip_bad):
+            try:
+                sample = record_sample(
+                    record,
+                    sample_key(f"{name}/{record.key}"),
+                    config.fields,
+                    report,
+                    {"tar": f"{name}.tar", "key": record.key},
+                )
+                if config.check_sha256:
+                    _check_sha256(sample)
+            except BadItemError as error:
+                report.bad("sample", record.where, str(error), skip=config.skip_bad)
+                continue
+            yield config.split, sample
+
+
+def tars_below(root: Path) -> list[Path]:
+    """A tar itself, or all tars of a folder in order. Raises SourceError where there is none."""
+    tars = [root] if root.is_file() else sorted(root.rglob("*.tar"))
+    if not tars:
+        raise SourceError(f"{root}: no tar here; give a tar, or a folder with tars at any depth")
+    return tars
+
+
+def _check_sha256(sample: Sample) -> None:
+    expected = sample.info["source"].get("sha256")
+    if not isinstance(expected, str):
+        raise BadItemError("its JSON has no sha256; import without --check-sha256")
+    found = hashlib.sha256(sample.image).hexdigest()
+    if found != expected.lower():
+        raise BadItemError(
+            f"its image has sha256 {found[:12]}..., its JSON says {expected[:12]}...: it was "
+            "changed after it was fetched"
+        )
