@@ -6,6 +6,7 @@ under the hash of its sources, settings and compiler.
 
 import ctypes
 import hashlib
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,22 @@ class Cubin:
     seconds: float
 
 
+def source_text(source: str) -> bytes:
+    """A file in `csrc/` with the headers there in place of their `#include`; each only once."""
+    included: set[bytes] = set()
+
+    def expand(text: bytes) -> bytes:
+        def header(found: re.Match[bytes]) -> bytes:
+            if found[1] in included:
+                return b""
+            included.add(found[1])
+            return expand((SOURCES / found[1].decode()).read_bytes())
+
+        return re.sub(rb'^#include "([\w.]+)"$', header, text, flags=re.MULTILINE)
+
+    return expand((SOURCES / source).read_bytes())
+
+
 def compile_cubin(source: str, settings: Mapping[str, int], arch: str) -> Cubin:
     """Compile a file in `csrc/` with preprocessor `settings`. Needs no GPU."""
     nvrtc = _nvrtc()
@@ -50,7 +67,7 @@ def compile_cubin(source: str, settings: Mapping[str, int], arch: str) -> Cubin:
     ]
     began = time.monotonic()
     status, program = nvrtc.nvrtcCreateProgram(
-        (SOURCES / source).read_bytes(), source.encode(), 0, [], []
+        source_text(source), source.encode(), 0, [], []
     )
     _check_nvrtc(status, source)
     (status,) = nvrtc.nvrtcCompileProgram(
@@ -77,7 +94,7 @@ def cached_cubin(source: str, settings: Mapping[str, int], arch: str) -> Cubin:
     """`compile_cubin`, kept on disk. Ranks that ask at once may each compile; one file remains."""
     _, major, minor = _nvrtc().nvrtcVersion()
     settled = f"{sorted(settings.items())} {arch} {major}.{minor}\0".encode()
-    digest = hashlib.sha256(settled + (SOURCES / source).read_bytes())
+    digest = hashlib.sha256(settled + source_text(source))
     path = cache_folder() / f"{Path(source).stem}-{arch}-{digest.hexdigest()[:20]}.cubin"
     if path.exists():
         return Cubin(path.read_bytes(), arch, "", 0.0)

@@ -7,124 +7,33 @@
 // one another are the groups of a pixel, so a warp writes one contiguous piece. Each unit finds its
 // own image and pixel: no launch shape depends on them, and no tail is special.
 //
-// No headers: NVRTC compiles this text alone. The host build of the tests runs the same text with the
-// handful of CUDA names that it uses defined in C++. Compile-time settings:
+// The backward pass here takes any depth and any offsets, and has the fixed-point sums; where the one of
+// dcnv3_tile.cu can run, that one is meant to. Settings beside those of the header:
 //
-//   VALUE_T, OFFSET_T, MASK_T   0 float32, 1 bfloat16, 2 float16
-//   WIDTH    channels per load: a power of two that divides the depth, at most 16 bytes
 //   LANES    lanes per unit: a power of two, at most 32
 //   THREADS  per block: a multiple of 32
-//   POINTS   kernel points
-//   SOFTMAX  whether the mask holds logits
+//   UNROLL   points whose corners the forward pass has in flight
 //   FIXED    whether grad_value is summed in 64-bit fixed point, which no order of sums can change
-#ifndef GW_HOST
-typedef unsigned char uint8_t;
-typedef unsigned short uint16_t;
-typedef unsigned int uint32_t;
-typedef unsigned long long uint64_t;
-typedef long long int64_t;
-#define GW_INLINE __device__ __forceinline__
-#endif
-
-// ---- where a sample lies ----
-
-// In the cell [floor(X), floor(X)+1] x [floor(Y), floor(Y)+1], also where X or Y is an integer. It
-// counts if -1 <= X < W and -1 <= Y < H; all else, NaN included, contributes nothing. At X = -1 its
-// weight is 0, but the right-sided derivative is not.
-struct Cell {
-  int x0, y0;           // upper left corner; 0 for a sample that does not count
-  float right, down;    // distance from it, in [0, 1)
-  float inside;         // 1 where the sample counts, else 0
-};
-
-GW_INLINE Cell locate(float x, float y, int height, int width) {
-  const float floor_x = floorf(x), floor_y = floorf(y);
-  const bool counts = (x >= -1.0f) & (x < (float)width) & (y >= -1.0f) & (y < (float)height);
-  Cell cell;
-  cell.inside = counts ? 1.0f : 0.0f;
-  // Chosen before the conversion: a far-away coordinate does not fit an integer.
-  cell.x0 = (int)(counts ? floor_x : 0.0f);
-  cell.y0 = (int)(counts ? floor_y : 0.0f);
-  cell.right = counts ? x - floor_x : 0.0f;
-  cell.down = counts ? y - floor_y : 0.0f;
-  return cell;
-}
-
-// The coordinate of kernel point i along one axis at output position o. The regular grid is exact
-// and comes first, so that a zero offset samples exactly on it.
-GW_INLINE float coordinate(int origin, float scaled_grid, float scale, float offset) {
-  return ((float)origin + scaled_grid) + scale * offset;
-}
-
-struct Problem {
-  int64_t units;  // batch * out_height * out_width * groups
-  int height, width, out_height, out_width;
-  int groups, depth;
-  int stride_h, stride_w, origin_h, origin_w;
-  float offset_scale;
-};
-
-// ---- storage ----
-
-GW_INLINE float bf16_to_float(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
-
-GW_INLINE uint16_t float_to_bf16(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-#ifndef GW_HOST
-GW_INLINE float f16_to_float(uint16_t bits) {
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-  return x;
-}
-GW_INLINE uint16_t float_to_f16(float x) {
-  uint16_t bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-  return bits;
-}
-#endif
-
-template <int T> struct Storage { typedef uint16_t type; };
-template <> struct Storage<0> { typedef float type; };
-
-template <int T> GW_INLINE float widen(typename Storage<T>::type x) {
-  if constexpr (T == 0) return x;
-  else if constexpr (T == 1) return bf16_to_float(x);
-  else return f16_to_float(x);
-}
-
-template <int T> GW_INLINE typename Storage<T>::type narrow(float x) {
-  if constexpr (T == 0) return x;
-  else if constexpr (T == 1) return float_to_bf16(x);
-  else return float_to_f16(x);
-}
-
-typedef typename Storage<VALUE_T>::type Value;
-typedef typename Storage<OFFSET_T>::type Offset;
-typedef typename Storage<MASK_T>::type Mask;
+#include "dcnv3.cuh"
 
 // WIDTH neighbouring channels: one load or store of up to 16 bytes.
 struct alignas(WIDTH * sizeof(Value)) Piece { Value at[WIDTH]; };
-struct alignas(2 * sizeof(Offset)) Pair { Offset x, y; };
 
 GW_INLINE void read(const Value* from, float (&to)[WIDTH]) {
-  const Piece piece = *reinterpret_cast<const Piece*>(from);
+  if constexpr (VALUE_T == 1 && WIDTH > 1) {  // pairs: one instruction for each of the two
+    struct alignas(WIDTH * sizeof(Value)) Words { uint32_t at[WIDTH / 2]; };
+    const Words words = *reinterpret_cast<const Words*>(from);
 #pragma unroll
-  for (int i = 0; i < WIDTH; ++i) to[i] = widen<VALUE_T>(piece.at[i]);
+    for (int i = 0; i < WIDTH; ++i)
+      to[i] = __uint_as_float(i % 2 ? words.at[i / 2] & 0xffff0000u : words.at[i / 2] << 16);
+  } else {
+    const Piece piece = *reinterpret_cast<const Piece*>(from);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) to[i] = widen<VALUE_T>(piece.at[i]);
+  }
 }
 
 // ---- the samples of a unit ----
-
-struct Sample {
-  float w00, w01, w10, w11;  // bilinear weights; those of corners outside are 0
-  float weight;              // of the kernel point, after the softmax
-  float right, down;
-  // From the top: the pixel of the first corner, moved into the image; whether the lower, upper,
-  // right and left corners are inside; whether the second line and column are another one.
-  uint32_t place;
-};
 
 struct Unit {
   int64_t number;
@@ -161,10 +70,12 @@ GW_INLINE float lanes_max(float x) {
   return x;
 }
 
-// The lanes of a unit fill its POINTS samples. Every lane of the warp calls this.
+// The lanes of a unit store its POINTS samples, as store(p, cell, weight after the softmax). Every lane
+// of the warp calls this.
+template <class Store>
 GW_INLINE void find_samples(const Problem& q, const Unit& unit, bool active, int lane,
                             const float* grid_xy, const Offset* offset, const Mask* mask,
-                            Sample* samples) {
+                            Store store) {
   constexpr int OWN = (POINTS + LANES - 1) / LANES;
   float weights[OWN];
 #pragma unroll
@@ -194,28 +105,115 @@ GW_INLINE void find_samples(const Problem& q, const Unit& unit, bool active, int
     const float x = coordinate(unit.left, grid_xy[2 * p], q.offset_scale, widen<OFFSET_T>(moved.x));
     const float y =
         coordinate(unit.top, grid_xy[2 * p + 1], q.offset_scale, widen<OFFSET_T>(moved.y));
-    const Cell cell = locate(x, y, q.height, q.width);
-    const float right = cell.right, down = cell.down;
-    const float in_left = cell.x0 >= 0, in_right = cell.x0 + 1 < q.width;
-    const float in_top = cell.y0 >= 0, in_bottom = cell.y0 + 1 < q.height;
-    Sample s;
-    s.weight = weights[i];  // also where the sample does not count: the softmax has its gradient
-    s.w00 = cell.inside * in_top * in_left * (1.0f - down) * (1.0f - right);
-    s.w01 = cell.inside * in_top * in_right * (1.0f - down) * right;
-    s.w10 = cell.inside * in_bottom * in_left * down * (1.0f - right);
-    s.w11 = cell.inside * in_bottom * in_right * down * right;
-    s.right = right;
-    s.down = down;
-    const int x0 = clamped(cell.x0, q.width), x1 = clamped(cell.x0 + 1, q.width);
-    const int y0 = clamped(cell.y0, q.height), y1 = clamped(cell.y0 + 1, q.height);
-    s.place = ((uint32_t)(y0 * q.width + x0) << 6) | (uint32_t)(in_bottom != 0.0f) << 5 |
-              (uint32_t)(in_top != 0.0f) << 4 | (uint32_t)(in_right != 0.0f) << 3 |
-              (uint32_t)(in_left != 0.0f) << 2 | (uint32_t)(y1 - y0) << 1 | (uint32_t)(x1 - x0);
-    // Nothing of a sample that does not count may reach a gradient.
-    if (cell.inside == 0.0f) s.place &= 3u;
-    samples[p] = s;
+    store(p, locate(x, y, q.height, q.width), weights[i]);
   }
   __syncwarp();
+}
+
+// ---- forward ----
+
+// A sample as the forward pass needs it: the weights of its corners, which are 0 outside of the image,
+// and where their group of channels begins in the image, in bytes; inside of it in any case.
+struct alignas(16) Tap {
+  float weight[4];
+  uint32_t at[4];
+};
+
+GW_INLINE Tap make_tap(const Problem& q, const Cell& cell, float weight) {
+  if (cell.inside == 0.0f) weight = 0.0f;
+  const float left = cell.x0 >= 0 ? 1.0f - cell.right : 0.0f;
+  const float right = cell.x0 + 1 < q.width ? cell.right : 0.0f;
+  const float upper = cell.y0 >= 0 ? weight * (1.0f - cell.down) : 0.0f;
+  const float lower = cell.y0 + 1 < q.height ? weight * cell.down : 0.0f;
+  const uint32_t column = q.groups * q.depth * (uint32_t)sizeof(Value), line = column * q.width;
+  const uint32_t x0 = clamped(cell.x0, q.width) * column;
+  const uint32_t x1 = clamped(cell.x0 + 1, q.width) * column;
+  const uint32_t y0 = clamped(cell.y0, q.height) * line;
+  const uint32_t y1 = clamped(cell.y0 + 1, q.height) * line;
+  Tap tap;
+  tap.weight[0] = upper * left;
+  tap.weight[1] = upper * right;
+  tap.weight[2] = lower * left;
+  tap.weight[3] = lower * right;
+  tap.at[0] = y0 + x0;
+  tap.at[1] = y0 + x1;
+  tap.at[2] = y1 + x0;
+  tap.at[3] = y1 + x1;
+  return tap;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+dcnv3_forward(Problem q, const float* __restrict__ grid_xy, const Value* __restrict__ value,
+              const Offset* __restrict__ offset, const Mask* __restrict__ mask,
+              Value* __restrict__ output) {
+  __shared__ Tap shared_taps[THREADS / LANES][POINTS];
+  const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
+  const int64_t number = (int64_t)blockIdx.x * (THREADS / LANES) + slot;
+  const bool active = number < q.units;
+  const Unit unit = find_unit(q, active ? number : 0);
+  Tap* taps = shared_taps[slot];
+  find_samples(q, unit, active, lane, grid_xy, offset, mask, [&](int p, const Cell& cell, float w) {
+    taps[p] = make_tap(q, cell, w);
+  });
+  if (!active) return;
+  const Value* image = value + unit.image * q.groups * q.depth + unit.group * q.depth;
+  for (int channel = lane * WIDTH; channel < q.depth; channel += LANES * WIDTH) {
+    const char* from = reinterpret_cast<const char*>(image + channel);
+    float sum[WIDTH];
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) sum[i] = 0.0f;
+#pragma unroll UNROLL
+    for (int p = 0; p < POINTS; ++p) {
+      const Tap tap = taps[p];
+      float v[4][WIDTH];
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner)
+        read(reinterpret_cast<const Value*>(from + tap.at[corner]), v[corner]);
+      // In one order and fused by name: the bits depend neither on UNROLL nor on the compiler.
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner)
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i)
+          sum[i] = fmaf(tap.weight[corner], v[corner][i], sum[i]);
+    }
+    Piece piece;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) piece.at[i] = narrow<VALUE_T>(sum[i]);
+    *reinterpret_cast<Piece*>(output + unit.number * q.depth + channel) = piece;
+  }
+}
+
+// ---- backward ----
+
+struct Sample {
+  float w00, w01, w10, w11;  // bilinear weights; those of corners outside are 0
+  float weight;              // of the kernel point, after the softmax
+  float right, down;
+  // From the top: the pixel of the first corner, moved into the image; whether the lower, upper,
+  // right and left corners are inside; whether the second line and column are another one.
+  uint32_t place;
+};
+
+GW_INLINE Sample make_sample(const Problem& q, const Cell& cell, float weight) {
+  const float right = cell.right, down = cell.down;
+  const float in_left = cell.x0 >= 0, in_right = cell.x0 + 1 < q.width;
+  const float in_top = cell.y0 >= 0, in_bottom = cell.y0 + 1 < q.height;
+  Sample s;
+  s.weight = weight;  // also where the sample does not count: the softmax has its gradient
+  s.w00 = cell.inside * in_top * in_left * (1.0f - down) * (1.0f - right);
+  s.w01 = cell.inside * in_top * in_right * (1.0f - down) * right;
+  s.w10 = cell.inside * in_bottom * in_left * down * (1.0f - right);
+  s.w11 = cell.inside * in_bottom * in_right * down * right;
+  s.right = right;
+  s.down = down;
+  const int x0 = clamped(cell.x0, q.width), x1 = clamped(cell.x0 + 1, q.width);
+  const int y0 = clamped(cell.y0, q.height), y1 = clamped(cell.y0 + 1, q.height);
+  s.place = ((uint32_t)(y0 * q.width + x0) << 6) | (uint32_t)(in_bottom != 0.0f) << 5 |
+            (uint32_t)(in_top != 0.0f) << 4 | (uint32_t)(in_right != 0.0f) << 3 |
+            (uint32_t)(in_left != 0.0f) << 2 | (uint32_t)(y1 - y0) << 1 | (uint32_t)(x1 - x0);
+  // Nothing of a sample that does not count may reach a gradient.
+  if (cell.inside == 0.0f) s.place &= 3u;
+  return s;
 }
 
 struct Corners {
@@ -236,46 +234,6 @@ GW_INLINE Corners find_corners(const Problem& q, const Unit& unit, uint32_t plac
   c.p11 = c.p10 + c.column;
   return c;
 }
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-dcnv3_forward(Problem q, const float* __restrict__ grid_xy, const Value* __restrict__ value,
-              const Offset* __restrict__ offset, const Mask* __restrict__ mask,
-              Value* __restrict__ output) {
-  __shared__ Sample shared_samples[THREADS / LANES][POINTS];
-  const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
-  const int64_t number = (int64_t)blockIdx.x * (THREADS / LANES) + slot;
-  const bool active = number < q.units;
-  const Unit unit = find_unit(q, active ? number : 0);
-  Sample* samples = shared_samples[slot];
-  find_samples(q, unit, active, lane, grid_xy, offset, mask, samples);
-  if (!active) return;
-  for (int channel = lane * WIDTH; channel < q.depth; channel += LANES * WIDTH) {
-    float sum[WIDTH];
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) sum[i] = 0.0f;
-#pragma unroll 3
-    for (int p = 0; p < POINTS; ++p) {
-      const Sample s = samples[p];
-      const Corners c = find_corners(q, unit, s.place, channel, value);
-      float v00[WIDTH], v01[WIDTH], v10[WIDTH], v11[WIDTH];
-      read(c.p00, v00);
-      read(c.p01, v01);
-      read(c.p10, v10);
-      read(c.p11, v11);
-      const float w00 = s.weight * s.w00, w01 = s.weight * s.w01;
-      const float w10 = s.weight * s.w10, w11 = s.weight * s.w11;
-#pragma unroll
-      for (int i = 0; i < WIDTH; ++i)
-        sum[i] += (w00 * v00[i] + w01 * v01[i]) + (w10 * v10[i] + w11 * v11[i]);
-    }
-    Piece piece;
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) piece.at[i] = narrow<VALUE_T>(sum[i]);
-    *reinterpret_cast<Piece*>(output + unit.number * q.depth + channel) = piece;
-  }
-}
-
-// ---- backward ----
 
 #if FIXED
 typedef uint64_t Sum;  // two's complement; adding wraps as signed integers do
@@ -327,7 +285,9 @@ dcnv3_backward(Problem q, const float* __restrict__ grid_xy, const Value* __rest
   const Unit unit = find_unit(q, active ? number : 0);
   Sample* samples = shared_samples[slot];
   float(*grads)[3] = shared_grads[slot];
-  find_samples(q, unit, active, lane, grid_xy, offset, mask, samples);
+  find_samples(q, unit, active, lane, grid_xy, offset, mask, [&](int p, const Cell& cell, float w) {
+    samples[p] = make_sample(q, cell, w);
+  });
   const float scale = FIXED ? *fixed_scale : 1.0f;
   // All lanes take every turn, since they add up across lanes; those past the end add zeros.
   const int turns = (q.depth + LANES * WIDTH - 1) / (LANES * WIDTH);

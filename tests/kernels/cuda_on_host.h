@@ -99,6 +99,31 @@ static inline float __shfl_xor_sync(unsigned, float x, int lanes) {
   return other;
 }
 
+// The tensor cores' product of fragments; operands lose the bits that the hardware does not read.
+static inline void multiply_tf32(float (&acc)[4], const float (&a)[4], const float (&b)[2]) {
+  static float left[32][32][4], right[32][32][2];  // [warp][lane]
+  const unsigned self = threadIdx.x, warp = self / 32, lane = self % 32;
+  const auto cut = [](float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits &= 0xffffe000u;
+    memcpy(&x, &bits, 4);
+    return x;
+  };
+  for (int i = 0; i < 4; ++i) left[warp][lane][i] = cut(a[i]);
+  for (int i = 0; i < 2; ++i) right[warp][lane][i] = cut(b[i]);
+  host_device::meet();
+  for (int i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+    float sum = acc[i];
+    for (unsigned k = 0; k < 8; ++k)
+      sum += left[warp][row % 8 * 4 + k % 4][row / 8 + 2 * (k / 4)] *
+             right[warp][column * 4 + k % 4][k / 4];
+    acc[i] = sum;
+  }
+  host_device::meet();
+}
+
 template <class T> static inline T atomicAdd(T* to, T x) { T old = *to; *to = old + x; return old; }
 static inline float __uint_as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline uint32_t __float_as_uint(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
