@@ -18,7 +18,7 @@ from typing import Final, Self
 import google_crc32c
 
 from groundwork.data.atomic import sync_directory, umask
-from groundwork.data.index_builder import IndexBuilder, RepeatedMemberError
+from groundwork.data.index_builder import META, IndexBuilder, RepeatedMemberError
 from groundwork.data.shard_index import (
     ShardError,
     ShardIndex,
@@ -224,12 +224,13 @@ def _check_key(key: str) -> None:
     if (
         split_name(f"{key}.x") != (key, "x")
         or "\0" in key
-        or key.startswith(("/", "__"))
+        or key.startswith("/")
+        or META.match(f"{key}.x")
         or ".." in key.split("/")
     ):
         raise ShardError(
-            f"key {key!r}: a key is the stem of a file name: not empty, relative, without dots in "
-            "its last part, NUL, or '__' at its beginning"
+            f"key {key!r}: a key is the stem of a file name: not empty, relative, without NUL, "
+            "'..', dots in its last part, and folders called '__...__'"
         )
     try:
         key.encode("utf-8")

@@ -2,29 +2,54 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import (
+    BarColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from groundwork.data.samples import Concept, Sample
+from groundwork.data.shard_builder import Progress, ReadUnit, Unit, build_shards
 from groundwork.data.shard_index import ShardError
-from groundwork.data.shards import Manifest, is_data_set, read_manifest, write_shards
-from groundwork.data.sources.emoji import EmojiConfig, emoji_concepts, emoji_samples
+from groundwork.data.shards import (
+    Manifest,
+    is_data_set,
+    read_manifest,
+    read_statistics,
+    write_shards,
+)
+from groundwork.data.sources.emoji import (
+    EmojiConfig,
+    emoji_concepts,
+    emoji_units,
+    read_emoji_unit,
+)
 from groundwork.data.sources.image_folder import (
     ImageFolderConfig,
     image_folder_concepts,
-    image_folder_samples,
+    image_folder_units,
+    read_image_folder_unit,
 )
+from groundwork.data.split_writer import ShardLimits
 from groundwork.launch.browse import browse
 from groundwork.launch.errors import reporting
+from groundwork.launch.shards_chaos import chaos
+from groundwork.launch.shards_statistics import show_statistics
 
 app = typer.Typer(help="Build and inspect data sets of WebDataset shards.", no_args_is_help=True)
 build_app = typer.Typer(help="Build a data set from a source.", no_args_is_help=True)
 app.add_typer(build_app, name="build")
+app.command("chaos")(chaos)
 app.command("browse")(browse)
 
 Out = Annotated[Path, typer.Option(help="Folder of the data set.")]
@@ -56,14 +81,20 @@ def build_emoji(
         source = {"kind": "emoji", **asdict(config), "font": None if font is None else font.name}
         if _is_built(out, source, overwrite, [] if font is None else [font]):
             return 0
-        concepts = emoji_concepts(config)
-        samples = emoji_samples(config, workers=workers)
-        total = len(concepts) * config.renderings
         licence = (
             "Pictures: Noto Color Emoji, SIL Open Font License 1.1 (Google). "
             "Names: Unicode CLDR through the emoji package (BSD)."
         )
-        _write(samples, total, out, "emoji", source, licence, concepts)
+        _build(
+            emoji_units(config),
+            partial(read_emoji_unit, config),
+            out,
+            "emoji",
+            source,
+            licence,
+            emoji_concepts(config),
+            workers,
+        )
         return 0
 
     raise typer.Exit(reporting(run))
@@ -79,6 +110,7 @@ def build_image_folder(
         bool, typer.Option(help="List undecodable files instead of ending.")
     ] = False,
     licence: Annotated[str, typer.Option(help="Licence of the pictures.")] = "unknown",
+    workers: Annotated[int, typer.Option(help="Reading processes.")] = 2,
     overwrite: Overwrite = False,
 ) -> None:
     """Pictures in class folders (the layout of ImageNet); files are passed through unchanged."""
@@ -90,13 +122,16 @@ def build_image_folder(
         source = {"kind": "image_folder", **asdict(config), "root": str(root)}
         if _is_built(out, source, overwrite, [root]):
             return 0
-        concepts = image_folder_concepts(config)
-
-        def bad(path: Path, reason: str) -> None:
-            console.print(f"skipped {path}: {reason}", markup=False)
-
-        samples = image_folder_samples(config, on_bad=bad)
-        _write(samples, None, out, root.name, source, licence, concepts)
+        _build(
+            image_folder_units(config),
+            partial(read_image_folder_unit, config),
+            out,
+            root.name,
+            source,
+            licence,
+            image_folder_concepts(config),
+            workers,
+        )
         return 0
 
     raise typer.Exit(reporting(run))
@@ -104,10 +139,11 @@ def build_image_folder(
 
 @app.command("stat")
 def stat(directory: Annotated[Path, typer.Argument(help="Folder of a data set.")]) -> None:
-    """Show the splits of a data set; every shard is checked for presence and size."""
+    """Show a data set in numbers; every shard is checked for presence and size."""
 
     def run() -> int:
         _show(read_manifest(directory), directory)
+        show_statistics(read_statistics(directory))
         return 0
 
     raise typer.Exit(reporting(run))
@@ -144,6 +180,45 @@ def _is_built(out: Path, source: dict[str, Any], overwrite: bool, inputs: Sequen
             "replaced; choose another --out, or move those files away"
         )
     return False
+
+
+def _build(
+    units: Sequence[Unit],
+    read: ReadUnit,
+    out: Path,
+    name: str,
+    source: dict[str, Any],
+    licence: str,
+    concepts: list[Concept],
+    workers: int,
+) -> None:
+    """Build from a source that is divided into units of about a shard each."""
+    # shards end with their units, which may be somewhat larger than planned
+    limits = ShardLimits()
+    columns = (TextColumn("writing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with RichProgress(*columns, TextColumn("{task.description}"), console=console) as bar:
+        task = bar.add_task("", total=len(units))
+
+        def show(progress: Progress) -> None:
+            resumed = f", {progress.resumed:,} shards from before" if progress.resumed else ""
+            description = f"{progress.samples:,} samples{resumed}"
+            bar.update(task, completed=progress.units, description=description)
+
+        manifest = build_shards(
+            units,
+            read,
+            out,
+            name=name,
+            source={k: _json(v) for k, v in source.items()},
+            licence=licence,
+            concepts=concepts,
+            workers=workers,
+            max_samples=2 * limits.max_samples,
+            max_bytes=2 * limits.max_bytes,
+            on_progress=show,
+            on_note=lambda note: console.print(note, markup=False),
+        )
+    _show(manifest, out)
 
 
 def _write(

@@ -8,12 +8,12 @@ import hashlib
 import io
 import multiprocessing
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal, get_args
 
 import emoji
 from PIL import Image, ImageFont
@@ -24,6 +24,7 @@ from groundwork.data.sources.emoji_rendering import choose_view, compose
 from groundwork.data.sources.errors import SourceError
 
 Split = Literal["train", "heldout_renderings", "heldout_concepts"]
+SPLITS: Final = get_args(Split)
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,42 @@ def emoji_samples(config: EmojiConfig, *, workers: int = 1) -> Iterator[tuple[Sp
         executor.shutdown(cancel_futures=True)
 
 
+def emoji_units(config: EmojiConfig, *, unit_samples: int = 2_000) -> list[dict[str, Any]]:
+    """The same renderings in the same order by split, as work units of `build_shards`.
+
+    A unit lists pictograms, [label, name, code point], of one split with about `unit_samples`
+    renderings. `font`: sha256 of the font file, so that another font makes other units.
+    """
+    font = hashlib.sha256(find_font(config.font).read_bytes()).hexdigest()
+    concepts = emoji_concepts(config)
+    units = []
+    for split in SPLITS:
+        per_concept = sum(
+            _split(config, heldout=split == "heldout_concepts", rendering=r) == split
+            for r in range(config.renderings)
+        )
+        shown = [c for c in concepts if per_concept and c.heldout == (split == "heldout_concepts")]
+        step = max(1, unit_samples // max(1, per_concept))
+        for first in range(0, len(shown), step):
+            listed = [[c.label, c.name, c.info["code_point"]] for c in shown[first : first + step]]
+            units.append({"split": split, "font": font, "concepts": listed})
+    return units
+
+
+def read_emoji_unit(
+    config: EmojiConfig, unit: Mapping[str, Any], _note: Callable[[str], None]
+) -> Iterator[tuple[Split, Sample]]:
+    """Draw the renderings of a unit."""
+    heldout = unit["split"] == "heldout_concepts"
+    font = find_font(config.font)
+    for label, name, code_point in unit["concepts"]:
+        concept = Concept(label, name, heldout=heldout, info={"code_point": code_point})
+        glyph = draw_glyph(font, int(code_point, 16))
+        for rendering in range(config.renderings):
+            if _split(config, heldout=heldout, rendering=rendering) == unit["split"]:
+                yield _sample(config, concept, rendering, glyph)
+
+
 def emoji_sample(config: EmojiConfig, concept: Concept, rendering: int) -> tuple[Split, Sample]:
     """Draw one rendering of one concept, exactly as `emoji_samples` yields it."""
     if not 0 <= rendering < config.renderings:
@@ -146,7 +183,7 @@ def _sample(
     code_point = int(concept.info["code_point"], 16)
     view = choose_view(glyph, config.image_size, (config.seed, code_point, rendering))
     image = compose(glyph, view, config.image_size)
-    split = _split(config, concept, rendering)
+    split = _split(config, heldout=concept.heldout, rendering=rendering)
     info = {
         "label": concept.label,
         "name": concept.name,
@@ -169,8 +206,8 @@ def _concept_samples(config: EmojiConfig, concept: Concept) -> list[tuple[Split,
     return [_sample(config, concept, r, glyph) for r in range(config.renderings)]
 
 
-def _split(config: EmojiConfig, concept: Concept, rendering: int) -> Split:
-    if concept.heldout:
+def _split(config: EmojiConfig, *, heldout: bool, rendering: int) -> Split:
+    if heldout:
         return "heldout_concepts"
     # The first ones, so that a larger `renderings` adds to training and leaves the test as it was.
     return "heldout_renderings" if rendering < config.heldout_renderings else "train"

@@ -18,8 +18,9 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from PIL import Image, UnidentifiedImageError
 
@@ -100,20 +101,80 @@ def image_folder_samples(
     """
     for concept, files in _classes(config):
         for file in files:
-            try:
-                sample = _sample(config, concept, file)
-            except _BadFileError as error:
-                if not config.skip_bad:
-                    raise SourceError(
-                        f"{file}: {error}; mend or remove the file, or pass over such files with "
-                        "--skip-bad (skip_bad: true)"
-                    ) from error
-                if on_bad is None:
-                    logger.warning("skipped %s: %s", file, error)
-                else:
-                    on_bad(file, str(error))
-                continue
+            if (sample := _sample_or_skip(config, concept, file, on_bad)) is not None:
+                yield _split(config, file), sample
+
+
+def image_folder_units(
+    config: ImageFolderConfig, *, unit_samples: int = 10_000, unit_bytes: int = 256 * 1024**2
+) -> list[dict[str, Any]]:
+    """The same images in the same order by split, as work units of `build_shards`.
+
+    A unit lists files of one split: [label, class name, path below the root, bytes and time of the
+    image, bytes and time of its caption]. It is full when it reaches either limit. Captions and
+    `info` are not counted: a writer that is to make one shard of each unit needs some room above
+    `unit_bytes`.
+    """
+    units: list[dict[str, Any]] = []
+    present: dict[Split, tuple[dict[str, Any], int]] = {}
+    for concept, files in _classes(config):
+        for file in files:
+            split = _split(config, file)
+            unit, size = present.pop(split, ({"split": split, "files": []}, 0))
+            if not unit["files"]:
+                units.append(unit)
+            file_bytes, time = _bytes_and_time(file)
+            relative = _relative(config.root, file)
+            captioned = _bytes_and_time(file.with_suffix(".txt"))
+            unit["files"].append(
+                [concept.label, concept.name, relative, file_bytes, time, *captioned]
+            )
+            size += file_bytes
+            if len(unit["files"]) < unit_samples and size < unit_bytes:
+                present[split] = unit, size
+    return units
+
+
+def read_image_folder_unit(
+    config: ImageFolderConfig, unit: Mapping[str, Any], note: Callable[[str], None]
+) -> Iterator[tuple[Split, Sample]]:
+    """The samples of a unit. With `skip_bad`, bad files are reported to `note`."""
+    skipped = partial(_note_skipped, note)
+    for label, name, relative, *_ in unit["files"]:
+        file = config.root / relative
+        if (sample := _sample_or_skip(config, Concept(label, name), file, skipped)) is not None:
             yield _split(config, file), sample
+
+
+def _note_skipped(note: Callable[[str], None], file: Path, reason: str) -> None:
+    note(f"skipped {file}: {reason}")
+
+
+def _bytes_and_time(file: Path) -> tuple[int, int]:
+    """Size and time of change in ns; zeros for what is not there."""
+    try:
+        status = file.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _sample_or_skip(
+    config: ImageFolderConfig, concept: Concept, file: Path, on_bad: OnBad | None
+) -> Sample | None:
+    try:
+        return _sample(config, concept, file)
+    except _BadFileError as error:
+        if not config.skip_bad:
+            raise SourceError(
+                f"{file}: {error}; mend or remove the file, or pass over such files with "
+                "--skip-bad (skip_bad: true)"
+            ) from error
+        if on_bad is None:
+            logger.warning("skipped %s: %s", file, error)
+        else:
+            on_bad(file, str(error))
+        return None
 
 
 class _BadFileError(Exception):
