@@ -8,6 +8,7 @@ twice the buffer, and the same bits in every run and for every choice.
 """
 
 import ctypes
+import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from groundwork.kernels import autotune, cuda_compiler
 from groundwork.kernels.cuda_compiler import LEAST_CAPABILITY, CudaKernel, cuda_kernel
-from groundwork.kernels.dcnv3_geometry import Geometry
+from groundwork.kernels.dcnv3_geometry import Geometry, make_geometry
 
 SOURCE: Final = "dcnv3.cu"
 TILE_SOURCE: Final = "dcnv3_tile.cu"
@@ -237,8 +238,14 @@ def backward_choices(call: Call) -> tuple[BackwardChoice, ...]:
 
 
 def forward(
-    value: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry, softmax: bool
+    value: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    geometry: Geometry,
+    softmax: bool,
+    tune: bool = False,
 ) -> Tensor:
+    """tune: measure this kind of call if it has not been; `GROUNDWORK_TUNE=1` does so, too."""
     value, offset, mask = value.contiguous(), offset.contiguous(), mask.contiguous()
     n, ho, wo, _ = offset.shape
     output = value.new_empty(n, ho, wo, value.shape[-1])
@@ -249,7 +256,7 @@ def forward(
     def launch(choice: ForwardChoice) -> None:
         _launch(call, choice, "dcnv3_forward", False, (value, offset, mask, output))
 
-    launch(_choose(call, "forward", FORWARD_CHOICES, launch))
+    launch(_choose(call, "forward", FORWARD_CHOICES, launch, tune))
     return output
 
 
@@ -260,7 +267,9 @@ def backward(
     mask: Tensor,
     geometry: Geometry,
     softmax: bool,
+    tune: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """tune: as in `forward`."""
     grad_output = grad_output.to(value.dtype).contiguous()
     value, offset, mask = value.contiguous(), offset.contiguous(), mask.contiguous()
     grad_offset, grad_mask = torch.empty_like(offset), torch.empty_like(mask)
@@ -288,10 +297,32 @@ def backward(
         return torch.zeros_like(value, dtype=torch.float32)
 
     choices = backward_choices(call)
-    choice = _choose(call, "backward", choices, lambda trial: launch(trial, scratch()))
+    choice = _choose(call, "backward", choices, lambda trial: launch(trial, scratch()), tune)
     sums = torch.zeros_like(value, dtype=torch.float32)
     launch(choice, sums)
     return sums.to(value.dtype), grad_offset, grad_mask
+
+
+def tune(device: int) -> list[str]:
+    """Measure the kinds of calls of InternImage on a device where they have not been; names them.
+
+    3x3 logits, 16 and 32 channels per group, bfloat16, float16 and float32, 2^14 to 2^22 units.
+    """
+    geometry = make_geometry(3, 1, 1, 1, 8, 1.0, False)
+    kinds = []
+    for dtype, depth in itertools.product(DTYPES, (16, 32)):
+        for power in range(14, 23):
+            images, side = (1 << power - 13, 28) if power < 20 else (1 << power - 15, 56)
+            g = torch.Generator(torch.device("cuda", device)).manual_seed(0)
+            value, offset, mask, grad = (
+                torch.randn(images, side, side, channels, generator=g, device=g.device).to(dtype)
+                for channels in (8 * depth, 8 * 18, 8 * 9, 8 * depth)
+            )
+            with torch.cuda.device(device):
+                forward(value, offset, mask, geometry, True, tune=True)
+                backward(grad, value, offset, mask, geometry, True, tune=True)
+            kinds.append(_call(value, offset, mask, geometry, True, MAX_BYTES).kind)
+    return kinds
 
 
 def fixed_scale(grad_output: Tensor, mask: Tensor, geometry: Geometry, softmax: bool) -> Tensor:
@@ -351,11 +382,12 @@ def _cached_call(
     return Call(device, capability, problem, geometry, dtypes, softmax, alignment)
 
 
-def _choose(call: Call, direction: str, choices: Sequence[C], launch: Callable[[C], None]) -> C:
+def _choose(
+    call: Call, direction: str, choices: Sequence[C], launch: Callable[[C], None], tune: bool
+) -> C:
     table = autotune.table_of(call.device, (SOURCE, TILE_SOURCE))
-    return autotune.choose(
-        table, f"dcnv3 {direction}, {call.kind}", choices, launch, autotune.wanted()
-    )
+    key = f"dcnv3 {direction}, {call.kind}"
+    return autotune.choose(table, key, choices, launch, tune or autotune.wanted())
 
 
 def _launch(

@@ -13,9 +13,17 @@ def _group() -> None:
 
 
 @app.command()
-def build() -> None:
+def build(
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Also measure on each GPU which launch choices are fastest."),
+    ] = False,
+) -> None:
     """Compile every kernel for this machine now instead of at its first use."""
-    raise typer.Exit(_report(required=True))
+    status = _report(required=True)
+    if tune:
+        _tune()
+    raise typer.Exit(status)
 
 
 def doctor(
@@ -27,6 +35,24 @@ def doctor(
     if not kernels:
         _versions()
     raise typer.Exit(_report(required=False))
+
+
+def _tune() -> None:
+    import torch
+
+    from groundwork.kernels import autotune, dcnv3_cuda
+
+    if not torch.cuda.is_available():
+        print("no GPU: nothing to tune")
+        return
+    for device in range(torch.cuda.device_count()):
+        reason = dcnv3_cuda.unavailable(device)
+        if reason is not None:
+            print(f"cuda:{device} is not tuned: {reason}")
+            continue
+        kinds = dcnv3_cuda.tune(device)
+        table = autotune.table_of(device, (dcnv3_cuda.SOURCE, dcnv3_cuda.TILE_SOURCE))
+        print(f"cuda:{device}: {len(kinds)} kinds of calls are tuned, in {table.path}")
 
 
 def _report(*, required: bool) -> int:
