@@ -16,6 +16,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -288,7 +289,7 @@ class _Job:
     def _wait_for_others(self, step: int) -> None:
         """What the collectives of a training step do."""
         deadline = time.monotonic() + PATIENCE_S
-        while min(self.progress) < step:
+        while min(self.progress[:]) < step:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"a rank does not come to step {step}")
             time.sleep(0.0005)
@@ -300,7 +301,5 @@ def _unpacked(packed: PackedTokens, place: int, length: int) -> Any:
 
 
 def _kill(process: psutil.Process) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.kill()
-    except psutil.NoSuchProcess:
-        pass
