@@ -51,8 +51,11 @@ def encode_mp4(frames: Sequence[NDArray[np.uint8]], fps: int) -> bytes:
             "clips as mp4 need PyAV: pip install 'groundwork-pretrain[video]', or write their "
             "frames as PNG (clip_format 'png')"
         ) from error
-    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    options = {"crf": MP4_QUALITY, "preset": "veryfast"} if codec == "libx264" else {"qscale": "2"}
+    codec, options = "mpeg4", {"qscale": "2"}
+    if "libx264" in av.codecs_available:
+        # x264's assembly gives other bits now and then, and on other processors
+        options = {"crf": MP4_QUALITY, "preset": "veryfast", "x264-params": "no-asm=1"}
+        codec = "libx264"
     buffer = io.BytesIO()
     # bitexact leaves out dates and library versions; one thread, since more change the bits
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:

@@ -1,5 +1,6 @@
 """What is true of a drawn synthetic scene: boxes, areas, shadows, relations between objects."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -26,8 +27,10 @@ SHADOW_SIDE: Final = 0.04
 #: Left and right: centres of boxes differ by this part of the picture and of their mean width.
 ASIDE: Final = 0.08
 ASIDE_WIDTH: Final = 0.5
-#: Before and behind: metres along the camera's axis; the nearer also ends this much lower.
+#: Before and behind: metres on the ground, away from the viewer, and this part of both radii, so
+#: that hardly any of the one is beside the other; the nearer also ends this much lower.
 NEARER: Final = 0.5
+NEARER_RADII: Final = 0.7
 LOWER: Final = 0.02
 #: Larger: in height, and in pixels if nothing hid it.
 LARGER: Final = 1.5
@@ -45,8 +48,8 @@ class Seen:
     number: in the masks. box: (x0, y0, x1, y1) in pixels around the visible part, x1 and y1 just
     outside. area: visible pixels; full_area: pixels if nothing stood before it. shadow_area: pixels
     of its shadow, wherever it falls. shaded_by: other object's number -> pixels of this one in its
-    shadow. forward: depth of its centre in metres. is_listed: whether enough is visible for boxes
-    and texts to speak of it.
+    shadow. away: its distance from the camera over the ground, straight ahead, in metres.
+    is_listed: whether enough is visible for boxes and texts to speak of it.
     """
 
     number: int
@@ -56,7 +59,7 @@ class Seen:
     full_area: int
     shadow_area: int
     shaded_by: dict[int, int]
-    forward: float
+    away: float
     is_listed: bool
 
 
@@ -110,7 +113,7 @@ def find_facts(scene: Scene, rendering: Rendering) -> Facts:
                 full_area=full_area,
                 shadow_area=int(table[:, number].sum()),
                 shaded_by={k: int(n) for k, n in enumerate(table[number]) if k and n},
-                forward=scene.camera.view(thing.centre)[2],
+                away=_away(scene, thing),
                 is_listed=area >= max(full_area * VISIBLE_PART, (size * VISIBLE_SIDE) ** 2),
             )
         )
@@ -137,10 +140,11 @@ def _relations(listed: list[Seen], size: int) -> tuple[tuple[int, Predicate, int
                 found.append(
                     (pair[0], "to the left of" if aside > 0 else "to the right of", pair[1])
                 )
-            nearer, lower = b.forward - a.forward, a.box[3] - b.box[3]
-            if nearer > NEARER and lower > LOWER * size:
+            nearer, lower = b.away - a.away, a.box[3] - b.box[3]
+            gap = max(NEARER, NEARER_RADII * (a.thing.footprint + b.thing.footprint))
+            if nearer > gap and lower > LOWER * size:
                 found.append((pair[0], "in front of", pair[1]))
-            elif -nearer > NEARER and -lower > LOWER * size:
+            elif -nearer > gap and -lower > LOWER * size:
                 found.append((pair[0], "behind", pair[1]))
             if _is_larger(a, b):
                 found.append((pair[0], "larger than", pair[1]))
@@ -156,6 +160,11 @@ def _is_larger(a: Seen, b: Seen) -> bool:
         a.thing.half_height > LARGER * b.thing.half_height
         and a.full_area > LARGER_AREA * b.full_area
     )
+
+
+def _away(scene: Scene, thing: SceneObject) -> float:
+    (x, y, _), (px, py, _) = scene.camera.axes[2], scene.camera.position
+    return ((thing.x - px) * x + (thing.y - py) * y) / math.sqrt(x * x + y * y)
 
 
 def _light_from(scene: Scene) -> Literal["left", "right"] | None:

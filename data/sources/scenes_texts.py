@@ -188,7 +188,7 @@ def _count_captions(facts: Facts) -> list[str]:
 
 
 def _count_questions(facts: Facts, rng: random.Random) -> list[dict[str, Any]]:
-    if not facts.is_countable:
+    if not facts.is_countable or not facts.seen:
         return []
     shapes = Counter(s.thing.shape for s in facts.seen)
     colours = Counter(s.thing.colour for s in facts.seen)
