@@ -4,7 +4,7 @@
      "boxes": [{"xyxy": [x0, y0, x1, y1], "label": 0, "category": "cat", "crowd": false,
                 "area": 1234.5, "segmentation": [[x, y, ...], ...] or {"size": [h, w],
                 "counts": ...}, "spans": [[begin, end], ...], "pair": 1, "id": 17}],
-     "qa": [{"question": "...", "answers": ["...", ...], "id": 5}]}
+     "qa": [{"question": "...", "answers": ["...", ...], "id": 5, "type": "other"}]}
 
 Every part may be missing. Coordinates are pixels of the upright picture, as `decode_image` shows
 it: x to the right, y down, (0, 0) the outer corner of the first pixel, so that the whole picture is
@@ -83,11 +83,15 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about the picture, and its answers: none in a test split, ten in VQA v2."""
+    """A question about the picture, and its answers: none in a test split, ten in VQA v2.
+
+    type: of the answer, by which accuracies are told apart ("yes/no", "number", "other").
+    """
 
     question: str
     answers: tuple[str, ...] = ()
     id: Identifier | None = None
+    type: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,7 @@ class Annotations:
             info["qa"] = [
                 {"question": q.question, "answers": list(q.answers)}
                 | ({} if q.id is None else {"id": q.id})
+                | ({"type": q.type} if q.type else {})
                 for q in self.qa
             ]
         if self.depth is not None:
@@ -334,7 +339,10 @@ def _question(record: Any, where: str) -> Question:
     if not isinstance(question, str) or not question:
         raise _wrong(f"{where}.question", question, "a question")
     answers = _strings(record.get("answers", []), f"{where}.answers")
-    return Question(question, answers, _identifier(record, where))
+    kind = record.get("type", "")
+    if not isinstance(kind, str):
+        raise _wrong(f"{where}.type", kind, "a string")
+    return Question(question, answers, _identifier(record, where), kind)
 
 
 def _depth(record: Any) -> Depth | None:

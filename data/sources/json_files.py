@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 #: Bytes above which a file is read record by record: `json` needs about ten times as many in
 #: memory, and the annotations of Objects365 have gigabytes.
-LARGE_FILE = 2**30
+LARGE_FILE = 2**29
 
 
 def read_json(path: Path) -> Any:
@@ -78,7 +78,7 @@ class JsonFile:
             import ijson
         except ImportError as error:
             raise SourceError(
-                f"{self.path}: a file of more than {LARGE_FILE / 2**30:.0f} GiB is read with "
+                f"{self.path}: a file of more than {LARGE_FILE / 2**20:.0f} MiB is read with "
                 "ijson: pip install 'groundwork-pretrain[annotations]'"
             ) from error
         with self.path.open("rb") as file:

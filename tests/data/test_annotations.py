@@ -62,7 +62,8 @@ annotations = st.builds(
     partial_labels=st.lists(st.integers(0, 9), max_size=3).map(tuple),
     qa=st.lists(
         st.builds(
-            Question, words, st.lists(words, max_size=3).map(tuple), identifiers
+            Question, words, st.lists(words, max_size=3).map(tuple), identifiers,
+            st.sampled_from(("", "yes/no")),
         ), max_size=2
     ).map(tuple),
     depth=st.none() | st.just(Depth("relative", "bright")),
