@@ -9,11 +9,8 @@ leaves the others as they are. Some pairs of colour and shape never occur in `tr
 at least once in each scene of `compositional`.
 """
 
-import multiprocessing
 import random
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, Literal
@@ -28,7 +25,7 @@ from groundwork.data.sources.scenes_description import (
     SceneSettings,
     choose_scene,
 )
-from groundwork.data.sources.scenes_encoding import encode_image, encode_png
+from groundwork.data.sources.scenes_encoding import encode_image, encode_mp4, encode_png
 from groundwork.data.sources.scenes_facts import (
     Facts,
     camera_info,
@@ -55,8 +52,8 @@ FIRST_INDEX: Final[dict[Split, int]] = {
 MAX_SAMPLES: Final = 1_000_000_000
 #: Colours held out of each shape.
 HELDOUT_COLOURS: Final = 2
-#: Scenes that a process draws at a time.
-CHUNK: Final = 64
+#: Changes when the same index gives another scene, picture or text than before.
+VERSION: Final = 1
 
 
 @dataclass(frozen=True)
@@ -155,41 +152,32 @@ def split_of(index: int) -> Split:
     raise ValueError(f"scene {index}: an index is 0 or more and below {3 * MAX_SAMPLES:,}")
 
 
-def scenes_samples(config: ScenesConfig, *, workers: int = 1) -> Iterator[tuple[Split, Sample]]:
-    """Draw every scene of every split, lazily, in order.
+def scenes_samples(config: ScenesConfig) -> Iterator[tuple[Split, Sample]]:
+    """Draw every scene of every split, lazily, in order."""
+    for unit in scenes_units(config):
+        yield from read_scenes_unit(config, unit)
 
-    workers: number of processes; the samples and their order do not depend on it. With more than
-    one, the calling script needs the usual `if __name__ == "__main__"` guard.
+
+def scenes_units(config: ScenesConfig, *, unit_frames: int = 2_000) -> list[dict[str, int]]:
+    """The same scenes in the same order, as work units of `build_shards`.
+
+    A unit is a range of indices of one split with about `unit_frames` pictures.
     """
-    if workers < 1:
-        raise SourceError(f"scenes_samples: workers is {workers}; give at least 1")
-    chunks = (
-        range(begin, min(begin + CHUNK, first + getattr(config, split)))
+    step = max(1, unit_frames // config.frames)
+    return [
+        {"version": VERSION, "begin": begin, "end": min(begin + step, end)}
         for split, first in FIRST_INDEX.items()
-        for begin in range(first, first + getattr(config, split), CHUNK)
-    )
-    if workers == 1:
-        for chunk in chunks:
-            for index in chunk:
-                yield scene_sample(config, index)
-        return
-    # Spawned, not forked: the caller may hold threads (torch) that do not survive a fork.
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
-        pending: deque[Future[list[tuple[Split, Sample]]]] = deque()
-        for chunk in chunks:
-            pending.append(executor.submit(_chunk_samples, config, chunk))
-            # a bounded look-ahead keeps memory flat when the reader is slower than the painters
-            if len(pending) > 3 * workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    finally:
-        executor.shutdown(cancel_futures=True)
+        for end in (first + getattr(config, split),)
+        for begin in range(first, end, step)
+    ]
 
 
-def _chunk_samples(config: ScenesConfig, chunk: range) -> list[tuple[Split, Sample]]:
-    return [scene_sample(config, index) for index in chunk]
+def read_scenes_unit(
+    config: ScenesConfig, unit: Mapping[str, int], _note: Callable[[str], None] = print
+) -> Iterator[tuple[Split, Sample]]:
+    """Draw the scenes of a unit."""
+    for index in range(unit["begin"], unit["end"]):
+        yield scene_sample(config, index)
 
 
 def scene_sample(config: ScenesConfig, index: int) -> tuple[Split, Sample]:
@@ -285,9 +273,6 @@ def scene_clip(config: ScenesConfig, index: int) -> Sample:
         members[f"shadows.{number:04d}.png"] = encode_png(rendering.shadows)
     frames = [rendering.rgb for rendering in drawn.renderings]
     if config.clip_format == "mp4":
-        # imported here, since only this format needs the extra
-        from groundwork.data.sources.scenes_encoding import encode_mp4
-
         members["mp4"] = encode_mp4(frames, config.fps)
     else:
         members |= {f"frame.{n:04d}.png": encode_png(frame) for n, frame in enumerate(frames)}
