@@ -162,6 +162,10 @@ def build_shards(
                 f"{out}: a worker process died, most likely because memory ran out; start again "
                 "with fewer --workers, and the build goes on where it stopped"
             ) from error
+        except OSError as error:
+            if error.filename is None or Path(error.filename).parent == parts:
+                error.filename = str(out)  # the hidden folder means nothing to who reads this
+            raise
         finally:
             if len(finished) < len(units):
                 _keep_or_remove(parts, len(units), on_note)

@@ -212,7 +212,12 @@ def _header(name: bytes, ids: bytes, size: int, end: bytes) -> bytes:
 
 def _suffix(field: str) -> tuple[bytes, int]:
     """`.FIELD` and the sum of its bytes."""
-    if not field.isascii() or split_name(f"k.{field}") != ("k", field) or "\0" in field:
+    if (
+        not field
+        or not field.isascii()
+        or split_name(f"k.{field}") != ("k", field)
+        or "\0" in field
+    ):
         raise ShardError(
             f"field {field!r}: a field is a file extension in lower-case ASCII without '/'"
         )

@@ -1,6 +1,11 @@
 import io
+import json
+import pickle
+import re
 import tarfile
+import time
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -8,14 +13,20 @@ import pytest
 import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from groundwork.data.shard_index import (
     MISSING,
     OutdatedIndexError,
     ShardError,
     ShardIndex,
+    header_bytes,
     index_path,
+    map_index,
+    parse_index,
+    parse_index_header,
     read_index,
+    read_index_header,
     scan_tar,
     write_index,
 )
@@ -57,7 +68,7 @@ def read_by_webdataset(tar: Path) -> Content:
 
 
 def same(a: ShardIndex, b: ShardIndex) -> bool:
-    arrays = ("offsets", "sizes", "checksums", "key_ends")
+    arrays = ("offsets", "sizes", "checksums", "key_ends", "widths", "heights", "text_bytes")
     return (a.tar_bytes, a.fields, a.keys) == (b.tar_bytes, b.fields, b.keys) and all(
         np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays
     )
@@ -295,3 +306,317 @@ def test_the_digest_tells_contents_apart_that_have_the_same_size(tmp_path: Path)
     assert base != digest(("a.jpg", b"1"), ("c.jpg", b"2"))
     assert base != digest(("a.jpg", b"1"), ("b.png", b"2"))
     assert base != digest(("b.jpg", b"2"), ("a.jpg", b"1"))
+
+
+def picture(image_format: str, size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, image_format)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An indexed tar of pictures, some of which are none."""
+    members = [
+        ("a.jpg", picture("JPEG", (7, 5))),
+        ("a.txt", b"seven"),
+        ("b.png", picture("PNG", (300, 2))),
+        ("c.txt", b""),
+        ("c.webp", picture("WEBP", (64, 63))),
+        ("d.png", picture("PNG", (2, 2))),  # the image of a sample is its jpg, if it has one
+        ("d.jpg", picture("JPEG", (8, 9))),
+        ("e.jpg", b"<html>"),
+        ("f.depth.png", picture("PNG", (3, 3))),
+    ]
+    tar = write_tar(tmp_path_factory.mktemp("pictures") / "x.tar", members)
+    write_index(scan_tar(tar), index_path(tar))
+    return tar
+
+
+def test_an_index_knows_the_sizes_of_images_and_texts(pictures: Path) -> None:
+    index = read_index(index_path(pictures), pictures)
+    assert index.widths.tolist() == [7, 300, 64, 8, 0, 0]
+    assert index.heights.tolist() == [5, 2, 63, 9, 0, 0]
+    assert index.text_bytes.tolist() == [5, MISSING, 0, MISSING, MISSING, MISSING]
+
+
+def test_the_header_alone_tells_what_the_tar_holds(pictures: Path) -> None:
+    path, index = index_path(pictures), scan_tar(pictures)
+    header = read_index_header(path)
+    assert header.samples == len(index)
+    assert header.fields == index.fields
+    assert header.tar_bytes == pictures.stat().st_size
+    assert header.file_bytes == path.stat().st_size
+    assert header.digest == index.digest()
+    data = path.read_bytes()
+    length = header_bytes(data[:16], "x.idx")
+    assert length < 700
+    assert parse_index_header(data[:length], "x.idx") == header
+    with pytest.raises(ShardError, match=r"x\.idx: checksum mismatch"):
+        parse_index_header(data[: length - 1], "x.idx")
+
+
+def test_a_header_of_many_fields_is_read(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "x.tar", [(f"a.field_{i:04}", b"") for i in range(900)])
+    write_index(scan_tar(tar), index_path(tar))
+    assert len(read_index_header(index_path(tar)).fields) == 900
+    assert content(map_index(index_path(tar)), tar) == content(scan_tar(tar), tar)
+
+
+def test_sections_are_aligned_and_found_where_the_header_says(pictures: Path) -> None:
+    data, index = index_path(pictures).read_bytes(), scan_tar(pictures)
+    for name, section in read_index_header(index_path(pictures)).sections.items():
+        assert section.begin % 8 == 0
+        stored = np.frombuffer(data[section.begin :], section.dtype, np.prod(section.shape))
+        expected = np.frombuffer(index.keys, "u1") if name == "keys" else getattr(index, name)
+        assert np.array_equal(stored.reshape(section.shape), expected)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_mapped_index_equals_a_read_one(verify: bool, pictures: Path) -> None:
+    mapped = map_index(index_path(pictures), pictures.stat().st_size, verify=verify)
+    assert same(mapped, read_index(index_path(pictures), pictures))
+    assert mapped.digest() == scan_tar(pictures).digest()
+    assert same(pickle.loads(pickle.dumps(mapped)), mapped)
+    with pytest.raises(ShardError, match="the tar was replaced"):
+        map_index(index_path(pictures), pictures.stat().st_size + 512)
+
+
+def test_an_empty_file_is_no_index(tmp_path: Path) -> None:
+    (tmp_path / "x.idx").write_bytes(b"")
+    for read in (map_index, read_index_header):
+        with pytest.raises(ShardError, match=r"x\.idx: not a groundwork shard index"):
+            read(tmp_path / "x.idx")
+
+
+def test_an_index_is_parsed_from_its_bytes(pictures: Path) -> None:
+    data = index_path(pictures).read_bytes()
+    size = pictures.stat().st_size
+    for known in (size, None):
+        assert same(parse_index(data, "s3://b/x.idx", known), scan_tar(pictures))
+    with pytest.raises(ShardError, match=r"^s3://b/x\.tar: truncated"):
+        parse_index(data, "s3://b/x.idx", size - 512)
+    with pytest.raises(ShardError, match=r"^s3://b/x\.idx: checksum .* rebuilt from x\.tar"):
+        parse_index(data[:-1], "s3://b/x.idx", size)
+
+
+@settings(in_folder, max_examples=200)
+@given(place=st.data(), bit=st.integers(0, 7))
+def test_any_flipped_bit_of_a_mapped_index_is_found(
+    place: st.DataObject, bit: int, pictures: Path, tmp_path: Path
+) -> None:
+    data = bytearray(index_path(pictures).read_bytes())
+    data[place.draw(st.integers(0, len(data) - 1))] ^= 1 << bit
+    (tmp_path / "x.idx").write_bytes(data)
+    with pytest.raises(ShardError, match=r"x\.idx: .*delete it"):
+        map_index(tmp_path / "x.idx")
+
+
+def version_2(index: ShardIndex) -> bytes:
+    """The layout of version 2, as its specification had it."""
+    checksums = index.checksums.astype("<u4").tobytes()
+    header = json.dumps(
+        {"tar_bytes": index.tar_bytes, "samples": len(index), "fields": index.fields}
+    ).encode()
+    body = [index.offsets.astype("<i8").tobytes(), index.sizes.astype("<i8").tobytes()]
+    body += [checksums, bytes(-len(checksums) % 8), index.key_ends.astype("<i8").tobytes()]
+    rest = header + bytes(-(16 + len(header)) % 8) + b"".join(body) + bytes(index.keys)
+    preamble = b"GWIDX\0\0\2" + len(header).to_bytes(4, "little")
+    return preamble + google_crc32c.value(rest).to_bytes(4, "little") + rest
+
+
+def test_version_2_is_read_with_unknown_sizes(pictures: Path, tmp_path: Path) -> None:
+    index = scan_tar(pictures)
+    data = version_2(index)
+    (tmp_path / "x.idx").write_bytes(data)
+    for read in (read_index(tmp_path / "x.idx", pictures), map_index(tmp_path / "x.idx")):
+        assert content(read, pictures) == content(index, pictures)
+        assert read.digest() == index.digest()
+        assert read.text_bytes.tolist() == index.text_bytes.tolist()
+        assert not read.widths.any()
+        assert not read.heights.any()
+    header = read_index_header(tmp_path / "x.idx")
+    assert (header.version, header.samples, header.digest) == (2, len(index), "")
+    for cut in range(0, len(data), 7):
+        with pytest.raises(ShardError, match=r"x\.idx: "):
+            parse_index(data[:cut], "x.idx", None)
+
+
+def resealed(data: bytes, edit: Any) -> bytes:
+    """The side-car with another header, whose checksum is right."""
+    length = int.from_bytes(data[8:12], "little")
+    record = json.loads(data[16 : 16 + length])
+    edit(record)
+    header = json.dumps(record, separators=(",", ":")).encode().ljust(length)
+    sealed = len(header).to_bytes(4, "little") + google_crc32c.value(header).to_bytes(4, "little")
+    return data[:8] + sealed + header + data[16 + length :]
+
+
+def huge(record: Any) -> None:
+    record.update(samples=2**62)
+    for section in record["sections"]:
+        section[2][0] = 2**62
+
+
+EDITS = [
+    lambda r: r.update(samples=-1),
+    lambda r: r.update(samples=1.5),
+    lambda r: r.update(samples=10**9),
+    lambda r: r.update(fields=[1]),
+    lambda r: r.update(fields=None),
+    lambda r: r.update(tar_bytes=600),
+    lambda r: r.update(sections=[]),
+    lambda r: r.update(sections={"offsets": 1}),
+    lambda r: r.pop("file_bytes"),
+    lambda r: r["sections"][0].__setitem__(1, "|O"),
+    lambda r: r["sections"][0].__setitem__(3, -8),
+    lambda r: r["sections"][0].__setitem__(3, 10**12),
+    lambda r: r["sections"][7].__setitem__(2, [10**12]),
+    lambda r: r["sections"][7].__setitem__(2, [3]),
+    huge,
+]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_header_that_lies_is_refused(edit: Any, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.idx").write_bytes(resealed(index_path(pictures).read_bytes(), edit))
+    with pytest.raises(ShardError, match=r"x\.idx: (malformed|checksum)"):
+        map_index(tmp_path / "x.idx")
+
+
+def test_sections_that_a_reader_does_not_know_are_passed_over(
+    pictures: Path, tmp_path: Path
+) -> None:
+    data = index_path(pictures).read_bytes()
+    record = json.loads(data[16 : 16 + int.from_bytes(data[8:12], "little")])
+
+    def rename(record: Any) -> None:
+        text = record["sections"][5]
+        record["sections"].append(["faces", text[1], text[2], text[3], text[4]])
+        record["new_key"] = 1
+        # the longer header moves all arrays; both lengths are multiples of 8
+        grown = 136
+        for section in record["sections"]:
+            section[3] += grown
+        record["file_bytes"] += grown
+        record["pad"] = ""
+        length = len(json.dumps(record, separators=(",", ":")))
+        record["pad"] = "x" * (int.from_bytes(data[8:12], "little") + grown - length)
+
+    assert "faces" not in str(record)
+    grown = resealed(data, rename)
+    assert same(parse_index(grown, "x.idx", None), scan_tar(pictures))
+
+
+def test_offsets_outside_the_tar_are_refused(whole: Path, tmp_path: Path) -> None:
+    index = scan_tar(whole)
+    index.offsets[1, 0] = whole.stat().st_size
+    write_index(index, tmp_path / "x.idx")
+    with pytest.raises(ShardError, match=r"x\.idx: malformed \(a member lies outside the tar"):
+        map_index(tmp_path / "x.idx")
+
+
+def pax_tar(path: Path, records: bytes, kind: bytes = tarfile.XHDTYPE) -> Path:
+    """A tar of one member under a pax header with these records."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        header = tarfile.TarInfo("././@PaxHeader")
+        header.type, header.size = kind, len(records)
+        archive.addfile(header, io.BytesIO(records))
+        member = tarfile.TarInfo("a.jpg")
+        member.size = 3
+        archive.addfile(member, io.BytesIO(b"abc"))
+    return path
+
+
+def test_pax_headers_name_members_and_others_are_passed_over(tmp_path: Path) -> None:
+    records = b"30 mtime=1700000000.123456789\n16 path=b/c.jpg\n"
+    tar = pax_tar(tmp_path / "x.tar", records)
+    assert content(scan_tar(tar), tar) == {"b/c": {"jpg": b"abc"}}
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (b"12 path=x\n", "damaged"),
+        (b"9 path=x", "damaged"),
+        (b"path=x\n", "damaged"),
+        (b"-9 path=x\n", "damaged"),
+        (b"99999999999999999999 path=x\n", "damaged"),
+        (b"10 size=x\n", "damaged"),
+        (b"11 size=-1\n", "damaged"),
+        (b"19 size=1234567890\n", "truncated"),
+        (b"16 path=/etc/x\n", "damaged"),
+        (b"15 path=/etc/x\n", "absolute or parent path"),
+        (b"22 GNU.sparse.major=1\n", "sparse"),
+    ],
+)
+def test_pax_headers_that_lie_are_refused(records: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=rf"x\.tar: .*{message}"):
+        scan_tar(pax_tar(tmp_path / "x.tar", records))
+
+
+def test_a_global_header_may_comment_but_not_name(tmp_path: Path) -> None:
+    comment = pax_tar(tmp_path / "x.tar", b"13 comment=x\n", tarfile.XGLTYPE)
+    assert len(scan_tar(comment)) == 1
+    with pytest.raises(ShardError, match="a global header sets 'path'"):
+        scan_tar(pax_tar(tmp_path / "y.tar", b"9 path=x\n", tarfile.XGLTYPE))
+
+
+def test_tars_that_were_joined_are_told_apart(tmp_path: Path) -> None:
+    first = write_tar(tmp_path / "a.tar", [("a.jpg", b"1")]).read_bytes()
+    second = write_tar(tmp_path / "b.tar", [("b.jpg", b"2")]).read_bytes()
+    (tmp_path / "x.tar").write_bytes(first + second)
+    with pytest.raises(
+        ShardError, match=rf"x\.tar: .* at byte {len(first):,}: .*joined with `cat`"
+    ):
+        scan_tar(tmp_path / "x.tar")
+
+
+def test_names_that_make_thousands_of_fields_are_refused_before_they_fill_memory(
+    tmp_path: Path,
+) -> None:
+    count = 8000
+    members = [(f"k{i}.field{i}", b"") for i in range(count)]
+    tar = write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(ShardError, match=r"x\.tar: 8,000 different fields .*dots"):
+        scan_tar(tar)
+
+
+def sealed_header(block: bytearray) -> None:
+    """Set the checksum of a tar header to what it should be."""
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+
+
+@settings(in_folder, max_examples=200)
+@given(
+    changes=st.lists(
+        st.tuples(
+            st.integers(0, 11),
+            st.sampled_from([0, 100, 124, 135, 156, 156, 257, 345]) | st.integers(0, 511),
+            st.integers(0, 255) | st.sampled_from(list(b"0123457LKxgSD\x80\xff")),
+        ),
+        max_size=6,
+    )
+)
+def test_headers_that_lie_under_a_right_checksum_do_no_harm(
+    changes: list[tuple[int, int, int]], whole: Path, tmp_path: Path
+) -> None:
+    data = bytearray(whole.read_bytes())
+    with tarfile.open(whole) as archive:
+        headers = [member.offset for member in archive.getmembers()]
+    for header, place, value in changes:
+        block = bytearray(data[headers[header] :][:512])
+        block[place] = value
+        sealed_header(block)
+        data[headers[header] : headers[header] + 512] = block
+    tar = tmp_path / "x.tar"
+    tar.write_bytes(data)
+    begin = time.monotonic()
+    try:
+        index = scan_tar(tar)
+    except ShardError as error:
+        assert re.match(r".*x\.tar: ", str(error))
+    else:
+        content(index, tar)
+    assert time.monotonic() - begin < 5
