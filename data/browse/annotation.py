@@ -16,6 +16,12 @@ from groundwork.data.knowledge.senses import (
 )
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+#: Words with a noun of their own spelling (WordNet has the noun "there") that are hardly ever it.
+NO_ENTITIES = FUNCTION_WORDS | {
+    *("all", "any", "both", "each", "either", "every", "few", "how", "many", "more", "most"),
+    *("much", "neither", "other", "same", "so", "some", "such", "then", "there", "here", "very"),
+    *("what", "when", "where", "which", "while", "who", "why", "will", "can", "may", "must"),
+}
 #: Words of the longest term looked up ("german shepherd dog"), and of a text that are looked at.
 LONGEST_TERM = 4
 MAX_WORDS = 500
@@ -23,11 +29,12 @@ MAX_WORDS = 500
 
 @dataclass(frozen=True)
 class Entity:
-    """A term inside a text. begin, end: characters."""
+    """A term inside a text. begin, end: characters. senses: how many nouns have this name."""
 
     begin: int
     end: int
     knowledge: Knowledge
+    senses: int = 1
 
 
 def find_entities(index: KnowledgeIndex, text: str) -> list[Entity]:
@@ -55,13 +62,13 @@ def _terms_at(
         phrase = text[begin:end]
         ends = {chosen[0].group().lower(), chosen[-1].group().lower()}
         # a comma separates: "a cat, dog" holds no cat dog
-        if ends & FUNCTION_WORDS or phrase.split() != [word.group() for word in chosen]:
+        if ends & NO_ENTITIES or phrase.split() != [word.group() for word in chosen]:
             continue
         term = "_".join(phrase.split())
         for spelling in dict.fromkeys((term, term.replace("-", "_"))):
             if found := senses(index, spelling, "n"):
                 known = knowledge_of(index, found[0], phrase, exact=True, order="file")
-                yield Entity(begin, end, known), length
+                yield Entity(begin, end, known, len(found)), length
                 break
 
 
@@ -87,14 +94,15 @@ def segments(
     ]
 
 
-def knowledge_card(found: Knowledge) -> dict[str, Any]:
-    """What a page shows of an item of knowledge."""
+def knowledge_card(found: Knowledge, senses: int = 1) -> dict[str, Any]:
+    """What a page shows of an item of knowledge, the first of so many senses."""
     return {
         "term": found.matched_term,
         "sense": found.sense_id,
         "gloss": found.gloss,
         "path": list(found.path),
         "exact": found.exact,
+        "senses": senses,
     }
 
 

@@ -45,7 +45,8 @@ def brief(split: Split, number: int) -> dict[str, Any]:
         "boxes": len(boxes) if isinstance(boxes, list) else 0,
         "class": _class(split, sample, None),
         "image": bool(sample.image),
-        "members": {name: member_kind(name) for name in sample.members},
+        "kinds": sorted({member_kind(name) for name in sample.members}),
+        "standIn": _stand_in(sample),
     }
 
 
@@ -64,6 +65,7 @@ def full(split: Split, number: int, knowledge: KnowledgeIndex | None) -> dict[st
         return entry
     problems: list[str] = []
     boxes = _boxes(split, sample, problems)
+    tracks = _tracks(split, sample, problems)
     texts = _texts(sample, problems)
     return {
         **entry,
@@ -72,10 +74,12 @@ def full(split: Split, number: int, knowledge: KnowledgeIndex | None) -> dict[st
         "size": _declared_size(sample) or image_size(sample.image),
         "class": _class(split, sample, knowledge),
         "texts": [
-            _annotated(text, boxes if place == 0 else [], knowledge, problems)
+            _annotated(text, [*boxes, *tracks] if place == 0 else [], knowledge, problems)
             for place, text in enumerate(texts)
         ],
         "boxes": boxes,
+        "tracks": tracks,
+        "fps": _fps(sample),
         "qa": _questions(sample, problems),
         "members": [
             {"name": name, "bytes": len(content), "kind": member_kind(name)}
@@ -144,11 +148,13 @@ def _annotated(
             if 0 <= begin < end <= len(text):
                 spans.append((box["index"], begin, end))
             else:
-                problems.append(f"box {box['index']}: span [{begin}, {end}] is not in the text")
+                problems.append(
+                    f"box {box['index'] % MAX_BOXES}: span [{begin}, {end}] is not in the text"
+                )
     entities = [] if knowledge is None else find_entities(knowledge, text)
     return {
         "segments": segments(text, spans, entities),
-        "entities": [knowledge_card(entity.knowledge) for entity in entities],
+        "entities": [knowledge_card(entity.knowledge, entity.senses) for entity in entities],
     }
 
 
@@ -196,8 +202,8 @@ def _boxes(split: Split, sample: Sample, problems: list[str]) -> list[dict[str, 
         if not isinstance(box, dict):
             problems.append(f"box {index}: {short(box)}: expected an object")
             continue
-        corners = _list(box.get("xyxy"))
-        if not _is_numbers(corners) or len(corners) != 4:
+        corners = box.get("xyxy")
+        if not _is_corners(corners):
             problems.append(f"box {index}: xyxy is {short(box.get('xyxy'))}: expected four numbers")
             continue
         polygons = _polygons(box.get("segmentation"))
@@ -210,11 +216,7 @@ def _boxes(split: Split, sample: Sample, problems: list[str]) -> list[dict[str, 
                 "note": _note(box),
                 "crowd": bool(box.get("crowd")),
                 "polygons": polygons if points <= MAX_POINTS else [],
-                "spans": [
-                    span
-                    for span in _list(box.get("spans"))[:MAX_LIST]
-                    if _is_numbers(span) and len(span) == 2 and all(type(n) is int for n in span)
-                ],
+                "spans": _spans(box),
             }
         )
     if points > MAX_POINTS:
@@ -222,6 +224,55 @@ def _boxes(split: Split, sample: Sample, problems: list[str]) -> list[dict[str, 
             f"segmentation: outlines after the first {MAX_POINTS:,} points are left out"
         )
     return boxes
+
+
+def _tracks(split: Split, sample: Sample, problems: list[str]) -> list[dict[str, Any]]:
+    """Boxes that move: one per frame of the clip, None where the object is not seen."""
+    tracks: list[dict[str, Any]] = []
+    for number, track in enumerate(_list(sample.info.get("tracks"))[:MAX_BOXES]):
+        boxes = _list(track.get("boxes")) if isinstance(track, dict) else []
+        if not all(box is None or _is_corners(box) for box in boxes) or not boxes:
+            problems.append(f"track {number}: expected an object with a box for each frame")
+        elif sum(len(known["frames"]) for known in tracks) + len(boxes) > MAX_POINTS:
+            problems.append(f"tracks: from number {number} on left out")
+            break
+        else:
+            tracks.append(
+                {
+                    "index": MAX_BOXES + number,  # numbers of boxes come before
+                    "frames": boxes,
+                    "name": _name(track, split.concepts),
+                    "note": _note(track),
+                    "crowd": False,
+                    "polygons": [],
+                    "spans": _spans(track),
+                }
+            )
+    return tracks
+
+
+def _spans(box: Mapping[str, Any]) -> list[list[int]]:
+    """[[begin, end], ...] of characters in the text."""
+    return [
+        span
+        for span in _list(box.get("spans"))[:MAX_LIST]
+        if _is_numbers(span) and len(span) == 2 and all(type(n) is int for n in span)
+    ]
+
+
+def _fps(sample: Sample) -> float:
+    """Frames per second of a clip; a guess where it does not say so."""
+    fps = sample.info.get("fps")
+    return fps if isinstance(fps, int | float) and 0 < fps <= 1000 else 8
+
+
+def _stand_in(sample: Sample) -> dict[str, str] | None:
+    """The member that a tile shows where there is no image."""
+    for kind in ("video", "image", "labels", "depth"):
+        for name in sample.members:
+            if member_kind(name) == kind:
+                return {"name": name, "kind": kind}
+    return None
 
 
 def _polygons(segmentation: Any) -> list[list[float]]:
@@ -266,6 +317,10 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(
         type(n) in (int, float) and math.isfinite(n) and abs(n) < 1e9 for n in value
     )
+
+
+def _is_corners(value: Any) -> bool:
+    return _is_numbers(value) and len(value) == 4
 
 
 def _list(value: Any) -> list[Any]:

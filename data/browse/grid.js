@@ -13,7 +13,7 @@ export function tile(entry, context, link) {
   if (entry.replaced?.length) badges.push(el("span", { class: "badge warn", title: reasons(entry) }, `replaces ${entry.replaced.length} bad`));
   if (entry.error) badges.push(el("span", { class: "badge bad" }, "bad"));
   if (entry.boxes) badges.push(el("span", { class: "badge" }, `${entry.boxes} ${entry.boxes === 1 ? "box" : "boxes"}`));
-  for (const kind of new Set(Object.values(entry.members || {}))) {
+  for (const kind of entry.kinds || []) {
     if (kind !== "file") badges.push(el("span", { class: "badge" }, { labels: "masks", depth: "depth", video: "clip", image: "image" }[kind]));
   }
   return el(
@@ -47,7 +47,7 @@ function thumb(entry, context, picture) {
 }
 
 function stand_in(entry, split, version) {
-  const [name, kind] = Object.entries(entry.members || {}).find(([, k]) => k !== "file") || [];
+  const { name, kind } = entry.standIn || {};
   if (!name) return el("div", { class: "none" }, "no image");
   const parameters = { split, number: entry.number, name, v: version };
   if (kind === "video") return el("video", { src: address("member", parameters), preload: "metadata", muted: true, tabindex: -1 });

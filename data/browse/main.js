@@ -322,6 +322,7 @@ function onKey(event) {
     m: () => toggle(view, "labels"),
     d: () => toggle(view, "depth"),
   };
+  if (view.querySelector("[data-play]") && target.tagName !== "BUTTON") keys[" "] = () => view.querySelector("[data-play]").click();
   if (state.sample) {
     keys.ArrowLeft = () => walk(-1);
     keys.ArrowRight = () => walk(1);

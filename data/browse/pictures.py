@@ -26,7 +26,7 @@ IMAGE_TYPES: Final = {
     "webp": "image/webp",
 }
 VIDEO_TYPES: Final = {"mp4": "video/mp4", "webm": "video/webm", "m4v": "video/mp4"}
-#: Last parts but one of names of maps that are laid over the image.
+#: Parts of names before the format, of maps that are laid over the image.
 LABEL_MAPS: Final = ("instances", "shadows", "mask", "masks", "semantic", "seg")
 DEPTH: Final = "depth"
 
@@ -35,8 +35,11 @@ _decoding = threading.BoundedSemaphore(2)
 
 
 def member_kind(name: str) -> str:
-    """How the page shows a member: labels, depth, image, video or file."""
-    *before, last = name.split(".")
+    """How the page shows a member: labels, depth, image, video or file.
+
+    Members of a frame of a clip bear its number: `depth.0007.png`.
+    """
+    *before, last = (part for part in name.split(".") if not part.isdigit())
     if last in VIDEO_TYPES:
         return "video"
     if last not in IMAGE_TYPES:

@@ -1,11 +1,10 @@
 // The view of one sample.
 
-import { address, bytes, el, hue, svg, thousands } from "/dom.js";
+import { address, bytes, el, thousands } from "/dom.js";
+import { FRAME, colour, stage } from "/stage.js";
 
-const settings = {
-  get: (name, otherwise) => localStorage.getItem(`groundwork.${name}`) ?? otherwise,
-  set: (name, value) => localStorage.setItem(`groundwork.${name}`, value),
-};
+/** Further members shown: a clip may be stored as hundreds of pictures. */
+const MAX_MEMBERS = 48;
 
 /** The whole view. sample: the answer of /api/sample; entry: its tile. */
 export function sampleView(sample, entry, context) {
@@ -31,96 +30,16 @@ export function sampleView(sample, entry, context) {
   return view;
 }
 
-/** Switch boxes, masks or depth on or off. */
+/** Switch all boxes, masks or depth maps on, or off where any is on. */
 export function toggle(view, kind) {
-  for (const input of view.querySelectorAll(`input[data-kind="${kind}"]`)) input.click();
+  const inputs = [...view.querySelectorAll(`input[data-kind="${kind}"]`)];
+  const on = !inputs.some((input) => input.checked);
+  for (const input of inputs) if (input.checked !== on) input.click();
 }
 
 function highlight(view, index, on) {
   view.querySelector(".canvas")?.classList.toggle("has-hot", on);
   for (const element of view.querySelectorAll(`[data-box~="${index}"]`)) element.classList.toggle("hot", on);
-}
-
-function stage(sample, parameters, link) {
-  const maps = (sample.members || []).filter((m) => m.kind === "labels" || m.kind === "depth");
-  const film = (sample.members || []).find((m) => m.kind === "video");
-  if (!sample.image && film) {
-    return el("div", { class: "stage" }, el("video", { src: address("member", { ...parameters, name: film.name }), controls: true, loop: true }));
-  }
-  const canvas = el("div", { class: "canvas" });
-  const bar = el("div", { class: "bar" });
-  const box = el("div", { class: "stage" }, canvas, bar);
-  if (!sample.image && !maps.length) {
-    canvas.append(el("div", { class: "broken" }, sample.diagnosis || "no image"));
-    return box;
-  }
-  const first = sample.image ? address("image", parameters) : address("overlay", { ...parameters, name: maps[0].name });
-  const image = el("img", {
-    class: "main",
-    src: first,
-    alt: "",
-    onload: () => shape(canvas, sample.size || [image.naturalWidth, image.naturalHeight], image.naturalWidth),
-    onerror: () => canvas.replaceChildren(el("div", { class: "broken" }, sample.diagnosis || "the browser cannot show this image")),
-  });
-  canvas.append(image);
-  if (sample.size) shape(canvas, sample.size, sample.size[0]);
-  const layers = [];
-  for (const map of sample.image ? maps : maps.slice(1)) {
-    const layer = el("img", { class: `layer ${map.kind}`, src: address("overlay", { ...parameters, name: map.name }), alt: "", "data-member": map.name });
-    layers.push(layer);
-    canvas.append(layer);
-    bar.append(chip(map.name.replace(/\.png$/, ""), map.kind, map.kind === "labels", (on) => { layer.hidden = !on; }));
-  }
-  if (sample.boxes?.length && sample.size) {
-    const drawn = drawBoxes(sample, link);
-    canvas.append(...drawn);
-    bar.prepend(chip(`boxes (${sample.boxes.length})`, "boxes", true, (on) => { for (const d of drawn) d.toggleAttribute("hidden", !on); }));
-  }
-  if (layers.length) {
-    const strength = el("input", { type: "range", min: 0.1, max: 1, step: 0.05, value: settings.get("strength", 0.55), "aria-label": "Strength of the overlays" });
-    const apply = () => { for (const l of layers) l.style.opacity = strength.value; };
-    strength.addEventListener("input", () => { settings.set("strength", strength.value); apply(); });
-    apply();
-    bar.append(el("label", { class: "strength" }, "strength", strength));
-  }
-  return box;
-}
-
-/** Fit a picture into the stage; small ones are enlarged, at most eight times. */
-function shape(canvas, [width, height], stored) {
-  canvas.style.aspectRatio = `${width} / ${height}`;
-  canvas.style.width = `min(100%, calc(70vh * ${width / height}), ${Math.max(width, stored) * 8}px)`;
-  canvas.classList.toggle("pixels", stored < 200);
-}
-
-function chip(name, kind, byDefault, change) {
-  const on = settings.get(`show.${kind}`, String(byDefault)) === "true";
-  const input = el("input", { type: "checkbox", "data-kind": kind, checked: on });
-  input.addEventListener("change", () => { settings.set(`show.${kind}`, input.checked); change(input.checked); });
-  change(on);
-  return el("label", { class: "chip" }, input, name);
-}
-
-const colour = (box) => ({ "--hue": hue(box.name) });
-
-function drawBoxes(sample, link) {
-  const [width, height] = sample.size;
-  const shapes = svg("svg", { class: "shapes", viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none" });
-  const labels = el("div", { class: "labels" });
-  for (const box of sample.boxes) {
-    const [left, top, right, bottom] = box.xyxy;
-    for (const points of box.polygons) {
-      shapes.append(svg("polygon", { points: points.join(" "), "data-box": box.index, style: colour(box) }));
-    }
-    const rect = { x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top) };
-    shapes.append(link(svg("rect", { ...rect, class: box.crowd ? "crowd" : "", "data-box": box.index, style: colour(box) }), box.index));
-    if (box.name) {
-      const low = top / height < 0.06;
-      const style = { ...colour(box), left: `${(100 * left) / width}%`, top: `${(100 * top) / height}%` };
-      labels.append(el("span", { class: low ? "inside" : "", "data-box": box.index, style }, box.name));
-    }
-  }
-  return [shapes, labels];
 }
 
 function section(title, ...children) {
@@ -144,22 +63,33 @@ function verdict(sample, entry, context) {
 
 function texts(sample, link) {
   if (!sample.texts?.length) return null;
-  const boxes = new Map(sample.boxes.map((box) => [box.index, box]));
-  return section("Text", sample.texts.map((text, place) =>
-    el("p", { class: place ? "text other" : "text" }, text.segments.map((part) => {
-      let piece = part.text;
+  const boxes = new Map([...sample.boxes, ...sample.tracks].map((box) => [box.index, box]));
+  const paragraph = (text, place) => {
+    const pieces = [];
+    let open = null; // the mark that goes on while the pieces are of the same boxes
+    for (const part of text.segments) {
       const entity = part.entity === null ? null : text.entities[part.entity];
-      if (entity) piece = el("span", { class: "entity", title: `${entity.sense}: ${entity.gloss}`, "data-sense": entity.sense }, piece);
-      if (!part.boxes.length) return piece;
-      const span = el("mark", { "data-box": part.boxes.join(" "), style: colour(boxes.get(part.boxes[0])) }, piece);
-      for (const index of part.boxes) link(span, index);
-      return span;
-    }))));
+      const piece = entity ? el("span", { class: "entity", title: `${entity.sense}: ${entity.gloss}`, "data-sense": entity.sense }, part.text) : part.text;
+      const numbers = part.boxes.join(" ");
+      if (!numbers) {
+        open = null;
+        pieces.push(piece);
+      } else if (open?.dataset.box === numbers) {
+        open.append(piece);
+      } else {
+        open = el("mark", { "data-box": numbers, style: colour(boxes.get(part.boxes[0])) }, piece);
+        for (const index of part.boxes) link(open, index);
+        pieces.push(open);
+      }
+    }
+    return el("p", { class: place ? "text other" : "text" }, pieces);
+  };
+  return section("Text", sample.texts.map(paragraph));
 }
 
 function card(item, more = null) {
   return el("div", { class: "card", "data-sense": item.sense },
-    el("div", {}, el("b", {}, item.term), el("code", {}, item.sense), more),
+    el("div", {}, el("b", {}, item.term), el("code", {}, item.sense), item.senses > 1 ? el("small", {}, `first of ${item.senses} senses`) : null, more),
     el("p", {}, item.gloss),
     item.path.length > 1 ? el("p", { class: "path" }, item.path.join(" › ")) : null);
 }
@@ -185,17 +115,19 @@ function questions(sample) {
 }
 
 function boxList(sample, link) {
-  if (!sample.boxes?.length) return null;
-  return section("Boxes", el("ul", {}, sample.boxes.map((box) =>
+  const listed = [...(sample.boxes || []), ...(sample.tracks || [])];
+  if (!listed.length) return null;
+  return section("Boxes", el("ul", {}, listed.map((box) =>
     link(el("li", { "data-box": box.index, style: colour(box) }, el("i", {}), el("b", {}, box.name || `box ${box.index}`),
       box.note ? el("small", {}, box.note) : null, box.crowd ? el("small", {}, "crowd") : null,
-      el("code", {}, box.xyxy.map((n) => Math.round(n * 10) / 10).join(", "))), box.index))));
+      el("code", {}, box.frames ? `in ${box.frames.filter(Boolean).length} of ${box.frames.length} frames` : box.xyxy.map((n) => Math.round(n * 10) / 10).join(", "))), box.index))));
 }
 
 function others(sample, parameters) {
-  const rest = (sample.members || []).filter((m) => m.kind === "file" || m.kind === "image" || (m.kind === "video" && sample.image));
+  const rest = (sample.members || []).filter((m) => m.kind === "file" || (m.kind === "image" && !FRAME.test(m.name)) || (m.kind === "video" && sample.image));
   if (!rest.length) return null;
-  return section("Members", rest.map((m) => {
+  const shown = rest.slice(0, MAX_MEMBERS);
+  return section("Members", rest.length > shown.length ? el("p", {}, `the first ${shown.length} of ${rest.length}`) : null, shown.map((m) => {
     const source = address("member", { ...parameters, name: m.name });
     return el("figure", {},
       m.kind === "image" ? el("img", { src: source, loading: "lazy", alt: "" }) : null,

@@ -29,6 +29,7 @@ PAGE_FILES: Final[Mapping[str, tuple[str, str]]] = {
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/main.js": ("main.js", "text/javascript; charset=utf-8"),
     "/grid.js": ("grid.js", "text/javascript; charset=utf-8"),
+    "/stage.js": ("stage.js", "text/javascript; charset=utf-8"),
     "/sample.js": ("sample.js", "text/javascript; charset=utf-8"),
     "/dom.js": ("dom.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),

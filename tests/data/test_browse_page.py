@@ -83,6 +83,31 @@ def samples() -> Iterator[tuple[str, Sample]]:
     for number in range(3, SAMPLES):
         yield "train", Sample(f"n{number:03d}", plain(number), "png", f"plain {number}", {})
     yield "val", Sample("v0", plain(0), "png", "of another split", {})
+    frames = {f"frame.{n:04d}.png": plain(n) for n in range(4)}
+    frames |= {f"instances.{n:04d}.png": png(np.eye(20, k=n, dtype=np.uint8)) for n in range(4)}
+    tracks = [{"boxes": [[0, 0, 5, 5], None, [2, 0, 7, 5], [3, 0, 8, 5]], "category": "ball"}]
+    info = {"width": 20, "height": 20, "fps": 20, "tracks": tracks}
+    yield "clips", Sample("frames", b"", "", "a ball rolls", info, frames)
+    if (film := mp4(12)) is not None:
+        info = {"width": 64, "height": 64, "fps": 12}
+        yield "clips", Sample("film", b"", "", "it gets bright", info, {"mp4": film})
+
+
+def mp4(frames: int) -> bytes | None:
+    """A second of video that turns from black to white; None without PyAV."""
+    try:
+        import av
+    except ImportError:
+        return None
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=frames)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for number in range(frames):
+            pixels = np.full((64, 64, 3), 255 * number // (frames - 1), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
 
 
 class Page:
@@ -175,7 +200,7 @@ class Page:
         return list(self.run(f"[...document.querySelectorAll({selector!r})].map(e => e.{what})"))
 
 
-TEXT = "document.body?.innerText"
+TEXT = "document.querySelector('main')?.textContent"
 
 
 @pytest.fixture(scope="module")
@@ -263,13 +288,13 @@ def test_boxes_masks_and_grounded_words_are_drawn(show: Callable[[str], Page]) -
     assert left == pytest.approx(30 / 320, abs=0.005)
     assert width == pytest.approx(100 / 320, abs=0.01)
     page.wait("document.querySelector('img.layer.labels').naturalWidth === 320")
-    assert page.all("img.layer:not([hidden])", "dataset.member") == ["instances.png"]
+    assert page.all("img.layer:not([hidden])", "dataset.member") == ["instances"]
     assert "What is red?" in page.run(TEXT) and "the ball" in page.run(TEXT)
 
 
 def test_keys_switch_overlays(show: Callable[[str], Page]) -> None:
     page = show("sample=1")
-    for key, selector in (("m", "img.layer.labels"), ("d", "img.layer.depth"), ("b", ".shapes")):
+    for key, selector in (("m", "img.layer.labels"), ("d", "img.layer.depth"), ("b", ".drawn")):
         shown = f"getComputedStyle(document.querySelector({selector!r})).display !== 'none'"
         before = page.run(shown)
         page.press(key)
@@ -356,7 +381,7 @@ def test_locate_shows_the_samples_of_a_step_in_order(
     assert page.all(".tile", "dataset.number") == numbers(4)
     assert "positions 21 – 27" in page.run(TEXT)
     page.press("PageDown")
-    page.wait("document.body.innerText.includes('positions 28 – 34')")
+    page.wait("document.querySelector('main').textContent.includes('positions 28 – 34')")
     assert page.all(".tile", "dataset.number") == numbers(5)
 
 
@@ -381,3 +406,36 @@ def test_other_splits_and_a_dark_page(show: Callable[[str], Page]) -> None:
     page.press("t")
     colours.add(page.run(ground))
     assert colours == {"rgb(246, 247, 249)", "rgb(20, 22, 27)"}
+
+
+def test_a_clip_of_pictures_plays_with_its_masks_and_boxes(show: Callable[[str], Page]) -> None:
+    page = show("split=clips&sample=1")
+    sources = "[...document.querySelectorAll('.canvas img')].map(e => e.src.split('name=')[1])"
+    boxes = "[...document.querySelectorAll('.shapes rect')].map(e => e.getAttribute('x'))"
+    slide = "document.querySelector('.player input')"
+    seen = []
+    for frame in range(4):
+        page.run(f"{slide}.value = {frame}; {slide}.dispatchEvent(new Event('input'))")
+        seen.append((page.run(sources), page.run(boxes)))
+    names = [[f"frame.{n:04d}.png", f"instances.{n:04d}.png"] for n in range(4)]
+    assert [[s.split("&")[0] for s in shown] for shown, _ in seen] == names
+    assert [x for _, x in seen] == [["0"], [], ["2"], ["3"]]
+    page.press(" ")
+    page.wait(f"{slide}.value === '1'")  # after the last one comes the first
+    page.press(" ")
+    assert page.run("document.querySelector('[data-play]').textContent") == "▶"
+
+
+def test_a_film_can_be_sought(show: Callable[[str], Page]) -> None:
+    pytest.importorskip("av")
+    page = show("split=clips&at=1&sample=1")
+    page.wait("document.querySelector('video')?.readyState >= 2")
+    slide, film = "document.querySelector('.player input')", "document.querySelector('video')"
+    page.run(f"{slide}.value = 11; {slide}.dispatchEvent(new Event('input'))")
+    page.wait(f"!{film}.seeking && {film}.readyState >= 2 && {film}.currentTime > 0.9")
+    brightness = f"""(() => {{
+      const canvas = new OffscreenCanvas(1, 1).getContext('2d');
+      canvas.drawImage({film}, 0, 0, 1, 1);
+      return canvas.getImageData(0, 0, 1, 1).data[0];
+    }})()"""
+    assert page.run(brightness) > 240
