@@ -51,8 +51,8 @@ class Table:
         if key not in self._chosen and key in self.entries:
             found = self.entries[key].get("choice")
             self._chosen[key] = next((c for c in choices if str(c) == found), None)
-        chosen: C | None = self._chosen.get(key)
-        return chosen
+        chosen = self._chosen.get(key)
+        return next((choice for choice in choices if choice == chosen), None)
 
     def tune(self, key: str, choices: Sequence[C], launch: Callable[[C], None], timer: Timer) -> C:
         """Measure all choices, unless another process has; the fastest is written to the file."""

@@ -112,15 +112,14 @@ class Call:
 
     @cached_property
     def kind(self) -> str:
-        """Names the calls that share a choice: sizes count to the next power of two."""
+        """Names the calls that share a choice: sizes to the next power of two, softmax or not."""
         dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
         (kh, kw), (sh, sw) = self.geometry.kernel_hw, self.geometry.stride_hw
         dh, dw = self.geometry.dilation_hw
         return (
             f"{dtypes}, depth {self.problem.depth}, {self.geometry.num_points} points of {kh}x{kw}"
             f", stride {sh}x{sw}, dilation {dh}x{dw}, scale {self.geometry.offset_scale:g}, "
-            f"softmax {int(self.softmax)}, alignment {self.alignment}, "
-            f"units below 2^{self.problem.units.bit_length()}"
+            f"alignment {self.alignment}, units below 2^{self.problem.units.bit_length()}"
         )
 
 

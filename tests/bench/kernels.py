@@ -1,9 +1,10 @@
 """DCNv3 against its peers, in one run: `python tests/bench/kernels.py [--out FILE] [--quick]`.
 
-Peers: the official project's PyTorch path (padding and `grid_sample`, written here from its
+Peers: the official project's PyTorch path (padding and `grid_sample`, written from its
 description) and `torchvision.ops.deform_conv2d` with a depthwise weight of ones. Shapes: the stages
 of InternImage-T and -B at 224 pixels. Prints times, the ratios to the peers and their geometric
 means, the bandwidth reached (each input and output once) and the extra memory; writes JSON.
+Where there is a GPU that is measured instead: see dcnv3_gpu.py; `--cpu` leaves it alone.
 """
 
 import argparse
@@ -16,73 +17,25 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import dcnv3_gpu
 import torch
-import torch.nn.functional as F
+from dcnv3_floors import Stage, stages
+from dcnv3_peers import grid_sample_core, torchvision_core
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torchvision.ops import deform_conv2d
 
 from groundwork.kernels.dcnv3 import choose_backend, dcnv3
 
 Run = Callable[[], Tensor]
 
 
-class Shape(NamedTuple):
-    """One stage: (side, side, channels) with its groups, at 3x3."""
-
-    model: str
-    side: int
-    channels: int
-    groups: int
+SHAPES = (*stages("T"), *stages("B"))
 
 
-SHAPES = (
-    *(Shape("T", 56 >> i, 64 << i, 4 << i) for i in range(4)),
-    *(Shape("B", 56 >> i, 112 << i, 7 << i) for i in range(4)),
-)
-
-
-def grid_sample_core(value: Tensor, offset: Tensor, mask: Tensor, groups: int) -> Tensor:
-    """DCNv3 3x3, stride 1, as the official project computes it without its extension."""
-    n, h, w, channels = value.shape
-    padded = F.pad(value, (0, 0, 1, 1, 1, 1))
-    height, width = h + 2, w + 2
-    line, column = torch.meshgrid(
-        torch.arange(h) + 1.5, torch.arange(w) + 1.5, indexing="ij"
-    )  # centres, in pixels of the padded image
-    centre = torch.stack((column / width, line / height), -1).view(1, h, w, 1, 2)
-    step = torch.tensor([-1.0, 0.0, 1.0])
-    points = torch.stack(torch.meshgrid(step, step, indexing="ij"), -1).view(9, 2)
-    size = torch.tensor([float(width), float(height)])
-    points = (points / size).repeat(groups, 1)  # (G·9, 2), columns outermost
-    at = centre + points + offset.view(n, h, w, groups * 9, 2) / size
-    grid = (2 * at - 1).view(n, h * w, groups, 9, 2).transpose(1, 2).flatten(0, 1)
-    image = padded.view(n, height * width, groups, -1).permute(0, 2, 3, 1)
-    image = image.reshape(n * groups, channels // groups, height, width)
-    sampled = F.grid_sample(image, grid, mode="bilinear", align_corners=False)
-    weights = mask.view(n, h * w, groups, 9).transpose(1, 2).reshape(n * groups, 1, h * w, 9)
-    out = (sampled * weights).sum(-1).view(n, channels, h * w)
-    return out.transpose(1, 2).reshape(n, h, w, channels).contiguous()
-
-
-def torchvision_core(value: Tensor, offset: Tensor, mask: Tensor, groups: int) -> Tensor:
-    """The same through torchvision: rows outermost, (y, x), channels first."""
-    n, h, w, channels = value.shape
-    moved = offset.view(n, h, w, groups, 3, 3, 2).transpose(4, 5).flip(-1)
-    weights = mask.view(n, h, w, groups, 3, 3).transpose(4, 5)
-    return deform_conv2d(
-        value.permute(0, 3, 1, 2).contiguous(),
-        moved.flatten(3).permute(0, 3, 1, 2).contiguous(),
-        torch.ones(channels, 1, 3, 3),
-        padding=1,
-        mask=weights.flatten(3).permute(0, 3, 1, 2).contiguous(),
-    ).permute(0, 2, 3, 1)
-
-
-def inputs_of(shape: Shape, batch: int) -> list[Tensor]:
+def inputs_of(shape: Stage, batch: int) -> list[Tensor]:
     torch.manual_seed(0)
     size = (batch, shape.side, shape.side)
     samples = shape.groups * 9
@@ -124,7 +77,7 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measure(shape: Shape, batch: int, seconds: float) -> dict[str, Any]:
+def measure(shape: Stage, batch: int, seconds: float) -> dict[str, Any]:
     value, offset, mask = inputs_of(shape, batch)
     ops: dict[str, Run] = {
         "ours": lambda: dcnv3(value, offset, mask, kernel_size=3, groups=shape.groups),
@@ -204,10 +157,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     parser.add_argument("--quick", action="store_true", help="one short run of each")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, help="images; 4 on the CPU, 64 on a GPU")
+    parser.add_argument("--cpu", action="store_true", help="measure the CPU, also beside a GPU")
     arguments = parser.parse_args()
+    if torch.cuda.is_available() and not arguments.cpu:
+        dcnv3_gpu.main(arguments.out, arguments.batch or 64, arguments.quick)
+        return
     seconds = 0.0 if arguments.quick else 1.0
-    records = [measure(shape, arguments.batch, seconds) for shape in SHAPES]
+    records = [measure(shape, arguments.batch or 4, seconds) for shape in SHAPES]
     backend = choose_backend("auto", *inputs_of(SHAPES[0], 1))
     console = Console(width=150)
     threads = torch.get_num_threads()

@@ -1,12 +1,25 @@
 """The CUDA kernels on a GPU, against the reference on the same device."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from groundwork.kernels import autotune, dcnv3_cuda
 from groundwork.kernels.dcnv3 import choose_backend, dcnv3
+from groundwork.kernels.dcnv3_cuda import (
+    ATOMIC_CHOICES,
+    FORWARD_CHOICES,
+    TILE_CHOICES,
+    BackwardChoice,
+    ForwardChoice,
+)
 from groundwork.kernels.dcnv3_reference import dcnv3_reference
 
 pytestmark = [
@@ -107,3 +120,106 @@ def test_a_device_that_is_not_current_is_used() -> None:
     with torch.cuda.device(0):
         output = dcnv3(*(t.to("cuda:1") for t in tensors), kernel_size=3, groups=4)
     torch.testing.assert_close(output.to("cuda:0"), expected)
+
+
+def force(monkeypatch: pytest.MonkeyPatch, choice: BackwardChoice | ForwardChoice) -> None:
+    """Let all calls be launched with this choice."""
+    if isinstance(choice, ForwardChoice):
+        monkeypatch.setattr(dcnv3_cuda, "FORWARD_CHOICES", (choice,))
+    else:
+        monkeypatch.setattr(dcnv3_cuda, "backward_choices", lambda call: (choice,))
+
+
+def test_the_output_has_the_same_bits_for_every_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [t.detach() for t in draw(4, 28, 8, 16, 9, torch.bfloat16)]
+    outputs = []
+    for choice in FORWARD_CHOICES:
+        force(monkeypatch, choice)
+        outputs.append(dcnv3(*tensors, kernel_size=3, groups=8, softmax=True))
+    assert all(torch.equal(output, outputs[0]) for output in outputs[1:])
+
+
+@pytest.mark.parametrize("choice", [*TILE_CHOICES, *ATOMIC_CHOICES], ids=str)
+@pytest.mark.parametrize("depth", [16, 32])
+@pytest.mark.parametrize("spread", [0.5, 8.0])  # within what a tile holds, and mostly beyond
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_every_choice_gives_the_gradients_of_the_reference(
+    choice: BackwardChoice,
+    depth: int,
+    spread: float,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    force(monkeypatch, choice)
+    value, offset, mask = (t.detach() for t in draw(2, 30, 4, depth, 9, dtype))
+    tensors = [t.requires_grad_() for t in (value, offset * spread, mask)]
+    grad = torch.randn(value.shape, device="cuda").to(dtype)
+    arguments = {"kernel_size": 3, "groups": 4, "softmax": True}
+    actual = results(dcnv3, tensors, grad, **arguments)
+    wide = [t.detach().float().requires_grad_() for t in tensors]
+    expected = results(dcnv3_reference, wide, grad.float(), **arguments)
+    for name, a, b in zip(("output", "value", "offset", "mask"), actual, expected, strict=True):
+        error = (a.float() - b).abs().max() / b.abs().max().clamp_min(1)
+        assert error <= tolerance, name
+
+
+def test_a_call_is_tuned_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = draw(4, 28, 8, 16, 9, torch.bfloat16)
+    grad = torch.randn(tensors[0].shape, device="cuda")
+    arguments = {"kernel_size": 3, "groups": 8, "softmax": True}
+    monkeypatch.setenv("GROUNDWORK_CACHE", str(tmp_path))
+    autotune.table_of.cache_clear()
+    before = results(dcnv3, tensors, grad, **arguments)
+    assert not list(tmp_path.rglob("*.json"))
+    monkeypatch.setenv("GROUNDWORK_TUNE", "1")
+    tuned = results(dcnv3, tensors, grad, **arguments)
+    autotune.table_of.cache_clear()  # what later tests use
+    assert torch.equal(tuned[0], before[0])
+    for a, b in zip(tuned[1:], before[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    "choice", [TILE_CHOICES[0], ATOMIC_CHOICES[0], None], ids=["tile", "atomic", "fixed"]
+)
+@pytest.mark.parametrize(("depth", "dtype"), [(16, torch.bfloat16), (7, torch.float32)])
+def test_small_case(
+    choice: BackwardChoice | None,
+    depth: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Few threads, tails, samples near, far and nowhere: also what compute-sanitizer looks at."""
+    if choice is not None:
+        force(monkeypatch, choice)
+    tensors = [t.detach() for t in draw(1, 9, 2, depth, 9, dtype)]
+    tensors[1].view(-1)[::5] *= 30
+    tensors[1].view(-1)[::7] = float("nan")
+    tensors = [t.requires_grad_() for t in tensors]
+    grad = torch.randn(tensors[0].shape, device="cuda")
+    torch.use_deterministic_algorithms(choice is None)
+    try:
+        actual = results(dcnv3, tensors, grad, kernel_size=3, groups=2, softmax=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.cuda.synchronize()
+    assert all(t.isfinite().all() for t in actual)
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing_in_small_cases(tool: str) -> None:
+    sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=99"]
+    if tool == "memcheck":  # torch asks for things that may not be there
+        sanitizer.append("--report-api-errors=no")
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "test_small_case", __file__]
+    # every tensor an allocation of its own, so that an access beyond its end is noticed
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(
+        [*sanitizer, *tests], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
