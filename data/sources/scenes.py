@@ -173,7 +173,7 @@ def scenes_units(config: ScenesConfig, *, unit_frames: int = 2_000) -> list[dict
 
 
 def read_scenes_unit(
-    config: ScenesConfig, unit: Mapping[str, int], _note: Callable[[str], None] = print
+    config: ScenesConfig, unit: Mapping[str, int], _note: Callable[[str], None] | None = None
 ) -> Iterator[tuple[Split, Sample]]:
     """Draw the scenes of a unit."""
     for index in range(unit["begin"], unit["end"]):

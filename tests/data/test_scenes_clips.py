@@ -46,7 +46,7 @@ def test_tracks_fit_the_masks_of_every_frame() -> None:
             assert track["areas"] == areas.tolist()
             for n, box in enumerate(track["boxes"]):
                 if box is None:
-                    assert areas[n] < 0.26 * 64 * 64
+                    assert areas[n] < 0.05 * 64 * 64
                     continue
                 rows, columns = np.nonzero(instances[n] == track["id"])
                 tight = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]

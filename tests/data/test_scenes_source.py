@@ -23,10 +23,12 @@ from groundwork.data.sources.scenes import (
     FIRST_INDEX,
     ScenesConfig,
     heldout_pairs,
+    read_scenes_unit,
     scene_description,
     scene_sample,
     scenes_concepts,
     scenes_samples,
+    scenes_units,
 )
 from groundwork.data.sources.scenes_renderer import render
 
@@ -78,8 +80,11 @@ def test_the_pictures_are_those_of_every_other_machine() -> None:
     assert digest.hexdigest() == GOLDEN
 
 
-def test_workers_change_neither_bytes_nor_order() -> None:
-    assert list(scenes_samples(CONFIG, workers=2)) == list(scenes_samples(CONFIG))
+def test_units_divide_the_same_samples() -> None:
+    units = scenes_units(CONFIG, unit_frames=3)
+    assert [unit["end"] - unit["begin"] for unit in units] == [3, 3, 2, 3, 3]
+    divided = [pair for unit in units for pair in read_scenes_unit(CONFIG, unit)]
+    assert divided == list(scenes_samples(CONFIG))
 
 
 def test_a_scene_can_be_drawn_alone() -> None:
@@ -268,12 +273,10 @@ def test_settings_that_make_no_sense_are_named(changes: dict[str, Any], names: s
         ScenesConfig(**changes)
 
 
-def test_indices_of_no_split_and_no_workers_are_refused() -> None:
+def test_indices_of_no_split_are_refused() -> None:
     for index in (-1, 3 * 10**9):
         with pytest.raises(ValueError, match="an index is"):
             scene_sample(CONFIG, index)
-    with pytest.raises(SourceError, match="workers is 0"):
-        next(scenes_samples(CONFIG, workers=0))
 
 
 def test_global_random_state_neither_matters_nor_changes() -> None:
