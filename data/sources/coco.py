@@ -17,7 +17,7 @@ from groundwork.data.samples import Concept, Sample
 from groundwork.data.sources.coco_json import coco_images, read_coco, read_concepts
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.image_files import EncodedImage, inside, read_image
-from groundwork.data.sources.json_files import JsonFile, member
+from groundwork.data.sources.json_files import JsonFile, member, require_files
 from groundwork.data.sources.keys import sample_key
 from groundwork.data.sources.report import ImportReport
 
@@ -46,7 +46,7 @@ class CocoConfig:
 
 def coco_concepts(config: CocoConfig) -> list[Concept]:
     """The categories, labelled in the order of their ids: 0 to 79 for COCO's ids 1 to 90."""
-    paths = [config.root / config.annotations.format(split=split) for split in config.splits]
+    paths = _annotation_files(config)
     return same_concepts({path: read_concepts(JsonFile(path))[0] for path in paths})
 
 
@@ -55,9 +55,10 @@ def coco_samples(
 ) -> Iterator[tuple[str, Sample]]:
     """Every picture with its boxes, in the order of the files; pictures without boxes too."""
     report = report or ImportReport()
-    for split in config.splits:
+    require_files(_annotation_files(config))
+    for split, path in zip(config.splits, _annotation_files(config), strict=True):
         file = read_coco(
-            config.root / config.annotations.format(split=split),
+            path,
             skip_bad=config.skip_bad,
             report=report,
             segmentations=config.segmentations,
@@ -103,6 +104,10 @@ def same_concepts(by_file: Mapping[Path, Sequence[Concept]]) -> list[Concept]:
                 "the splits as data sets of their own"
             )
     return list(concepts)
+
+
+def _annotation_files(config: CocoConfig) -> list[Path]:
+    return [config.root / config.annotations.format(split=split) for split in config.splits]
 
 
 def check_splits(name: str, splits: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """Annotation files in JSON: read with messages that name file, line and record."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,14 +15,21 @@ T = TypeVar("T")
 LARGE_FILE = 2**29
 
 
+def require_files(paths: Iterable[Path]) -> None:
+    """Find out that an annotation file is missing before hours of reading others."""
+    for path in paths:
+        if not path.is_file():
+            raise SourceError(
+                f"{path}: annotation file is missing; lay the data out as docs/sources.md shows, "
+                "or name only the splits that are there"
+            )
+
+
 def read_json(path: Path) -> Any:
     """The whole of a JSON file. Raises SourceError with line and column of a fault."""
+    require_files([path])
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise SourceError(
-            f"{path}: annotation file is missing; lay the data out as docs/sources.md shows"
-        ) from error
     except json.JSONDecodeError as error:
         raise SourceError(
             f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg}); the file "

@@ -19,7 +19,7 @@ from groundwork.data.samples import Concept, Sample
 from groundwork.data.sources.coco import check_splits, detection_sample, same_concepts
 from groundwork.data.sources.coco_json import CocoFile, coco_images, read_coco, read_concepts
 from groundwork.data.sources.image_files import EncodedImage, inside, read_image
-from groundwork.data.sources.json_files import JsonFile, member
+from groundwork.data.sources.json_files import JsonFile, member, require_files
 from groundwork.data.sources.report import BadItemError, ImportReport
 
 KIND: Final = "lvis"
@@ -53,6 +53,7 @@ def lvis_samples(
 ) -> Iterator[tuple[str, Sample]]:
     """Every picture with its boxes, and the classes known to be absent or boxed in part."""
     report = report or ImportReport()
+    require_files(_annotation_file(config, split) for split in config.splits)
 
     def find(image: Mapping[str, Any]) -> EncodedImage:
         return read_image(inside(config.root, _file_name(image)))

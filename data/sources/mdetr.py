@@ -19,7 +19,7 @@ from groundwork.data.samples import Sample
 from groundwork.data.sources.coco_json import RawBox, coco_images, read_coco
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.image_files import EncodedImage, find_inside, read_image
-from groundwork.data.sources.json_files import member
+from groundwork.data.sources.json_files import member, require_files
 from groundwork.data.sources.keys import sample_key
 from groundwork.data.sources.report import BadItemError, ImportReport
 
@@ -44,6 +44,7 @@ def mdetr_samples(
 ) -> Iterator[tuple[str, Sample]]:
     """Every caption with its picture and grounded boxes, in the order of the files."""
     report = report or ImportReport()
+    require_files(config.annotations.values())
 
     def find(image: Mapping[str, Any]) -> EncodedImage:
         return read_image(find_inside(config.images, member(image, "file_name", str)))

@@ -18,7 +18,7 @@ from groundwork.data.samples import Concept, Sample
 from groundwork.data.sources.coco import check_splits, detection_sample, same_concepts
 from groundwork.data.sources.coco_json import coco_images, read_coco, read_concepts
 from groundwork.data.sources.image_files import EncodedImage, find_inside, read_image
-from groundwork.data.sources.json_files import JsonFile, member
+from groundwork.data.sources.json_files import JsonFile, member, require_files
 from groundwork.data.sources.report import ImportReport
 
 KIND: Final = "objects365"
@@ -48,6 +48,7 @@ def objects365_samples(
 ) -> Iterator[tuple[str, Sample]]:
     """Every picture with its boxes, in the order of the files."""
     report = report or ImportReport()
+    require_files(_annotation_file(config, split) for split in config.splits)
     for split in config.splits:
         file = read_coco(
             _annotation_file(config, split),
