@@ -91,7 +91,7 @@ def _collection_of_run(
     from groundwork.data.order import sample_generator
     from groundwork.data.samples import Sample
     from groundwork.data.shard_index import ShardError
-    from groundwork.pretrain.image_text import TEMPLATES, ImageTextDecoder, open_training_data
+    from groundwork.pretrain.image_text import open_stream, open_training_data
     from groundwork.pretrain.recipe import load_recipe
 
     recipe = load_recipe(str(run / RECIPE))
@@ -103,18 +103,20 @@ def _collection_of_run(
             f"{data.shards} is not what {run} was trained on, or has changed since; name the data "
             "set it was trained on, or leave out --run"
         )
-    decoder = ImageTextDecoder(
-        data.image, dataset.concepts, TEMPLATES[data.templates], index, data.knowledge
-    )
+    stream = open_stream(data, dataset, index, recipe.train.seed)
+
+    def order(position: int) -> int:
+        return stream.locate([position])[0][1]
 
     def check(sample: Sample, position: int) -> object:
-        return decoder(sample, sample_generator(recipe.train.seed, position))
+        return stream.sources[0].decoder(sample, sample_generator(recipe.train.seed, position))
 
     return Collection(
         data.shards,
         trained=data.split,
         seed=recipe.train.seed,
         shuffle=data.shuffle,
+        order=order,
         check=check,
         global_batch=recipe.train.global_batch,
         step=step,

@@ -66,7 +66,9 @@ def _terms_at(
             continue
         term = "_".join(phrase.split())
         for spelling in dict.fromkeys((term, term.replace("-", "_"))):
-            if found := senses(index, spelling, "n"):
+            found = senses(index, spelling, "n")
+            # "large" is first of all no garment, as "bear" is no verb
+            if found and len(senses(index, spelling, "a")) <= 2 * len(found):
                 known = knowledge_of(index, found[0], phrase, exact=True, order="file")
                 yield Entity(begin, end, known, len(found)), length
                 break

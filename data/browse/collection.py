@@ -5,7 +5,14 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
-from groundwork.data.browse.training_order import Check, Placed, check_sample, placed
+from groundwork.data.browse.training_order import (
+    Check,
+    Order,
+    Placed,
+    check_sample,
+    global_order,
+    placed,
+)
 from groundwork.data.dataset import Dataset, open_dataset
 from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.samples import Concept, Sample, SampleError
@@ -25,10 +32,10 @@ class Split:
     check: what tells a bad sample in the order of training.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, *, shuffle: bool, check: Check) -> None:
+    def __init__(self, dataset: Dataset, seed: int, *, order: Order, check: Check) -> None:
         self.dataset = dataset
         self.seed = seed
-        self.shuffle = shuffle
+        self.order = order
         self.check = check
         self.concepts: Mapping[int, Concept] = {c.label: c for c in dataset.concepts}
         self._lock = threading.Lock()
@@ -73,9 +80,9 @@ class Split:
         """What training sees at a position, bad samples replaced."""
         return placed(
             position,
+            self.order,
             len(self),
             self.seed,
-            shuffle=self.shuffle,
             read=self.read,
             check=self.check,
         )
@@ -84,8 +91,8 @@ class Split:
 class Collection:
     """A data set to look at.
 
-    directory: as for `open_dataset`. seed, shuffle: of the order of training. check: what tells
-        bad samples of the split `trained`, where that is known better than by decoding the image.
+    directory: as for `open_dataset`. seed, shuffle: of the order of training. order, check: those
+        of the split `trained`, where a run has others than `GlobalOrder` and decoding the image.
     global_batch: samples of a training step, or 0. step: the one to show first (from 1), or 0.
     Raises ShardError where there is nothing to open.
     """
@@ -97,6 +104,7 @@ class Collection:
         trained: str | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        order: Order | None = None,
         check: Check = check_sample,
         global_batch: int = 0,
         step: int = 0,
@@ -105,6 +113,7 @@ class Collection:
         self.directory = directory
         self.seed = seed
         self.shuffle = shuffle
+        self.order = order
         self.check = check
         self.global_batch = global_batch
         self.step = step
@@ -134,11 +143,14 @@ class Collection:
             raise KeyError(name)
         with self._lock:
             if name not in self._splits:
+                dataset = open_dataset(self.directory, name)
+                order = global_order(len(dataset), self.seed, shuffle=self.shuffle)
+                is_trained = name == self.trained
                 self._splits[name] = Split(
-                    open_dataset(self.directory, name),
+                    dataset,
                     self.seed,
-                    shuffle=self.shuffle,
-                    check=self.check if name == self.trained else check_sample,
+                    order=self.order if is_trained and self.order is not None else order,
+                    check=self.check if is_trained else check_sample,
                 )
             return self._splits[name]
 

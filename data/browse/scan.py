@@ -7,7 +7,6 @@ from typing import Any
 
 from groundwork.data.browse.collection import Split
 from groundwork.data.browse.description import brief, image_size
-from groundwork.data.browse.training_order import sample_number
 from groundwork.data.samples import Sample, SampleError
 
 #: Bounds of one scan, in seconds and matches; the page goes on from `next` if asked to.
@@ -84,9 +83,7 @@ def scan(split: Split, filters: Filters, start: int, *, training: bool) -> Itera
         if now - told > PROGRESS_S:
             told = now
             yield {"scanned": place}
-        number = place
-        if training:
-            number = sample_number(len(split), split.seed, shuffle=split.shuffle, position=place)
+        number = split.order(place) if training else place
         entry = filters.find(split, number)
         if entry is not None:
             matches += 1

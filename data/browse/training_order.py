@@ -14,10 +14,14 @@ from groundwork.data.transforms import decode_image
 Check = Callable[[Sample, int], object]
 
 
-def sample_number(num_samples: int, seed: int, *, shuffle: bool, position: int) -> int:
-    """The sample that stands at a position of the global order."""
+#: Position of the order of training -> number of the sample that stands there.
+Order = Callable[[int], int]
+
+
+def global_order(num_samples: int, seed: int, *, shuffle: bool) -> Order:
+    """The order of a run that trains on one split alone."""
     order = GlobalOrder(num_samples, seed, shuffle)
-    return int(order.indices(np.array([position], np.int64))[0])
+    return lambda position: int(order.indices(np.array([position], np.int64))[0])
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,15 @@ class Placed:
 
 def placed(
     position: int,
+    order: Order,
     num_samples: int,
     seed: int,
     *,
-    shuffle: bool,
     read: Callable[[int], Sample],
     check: Check,
 ) -> Placed:
     """Draw as `Stream` does: the sample of the order, then its stand-ins until one is good."""
-    number = sample_number(num_samples, seed, shuffle=shuffle, position=position)
+    number = order(position)
     replaced = []
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
