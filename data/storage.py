@@ -123,7 +123,8 @@ class LocalStorage:
 
     def size(self, name: str) -> int:
         try:
-            return os.fstat(self._file(name).fd).st_size
+            file = self._file(name)
+            return os.fstat(file.fd).st_size
         except OSError as error:
             raise self._failure(name, error) from error
 
@@ -134,7 +135,9 @@ class LocalStorage:
         if not 0 <= begin <= end:
             raise ValueError(f"{name}: bytes {begin} to {end} are no range")
         try:
-            data = os.pread(self._file(name).fd, end - begin, begin)
+            # held by a variable, or another thread could close the descriptor before it is read
+            file = self._file(name)
+            data = os.pread(file.fd, end - begin, begin)
         except OSError as error:
             if error.errno == errno.ESTALE:  # replaced on a network file system
                 self._open.pop(name, None)
@@ -147,7 +150,8 @@ class LocalStorage:
         position = begin + len(data)
         while position < end and parts[-1]:
             try:
-                parts.append(os.pread(self._file(name).fd, end - position, position))
+                file = self._file(name)
+                parts.append(os.pread(file.fd, end - position, position))
             except OSError as error:
                 raise self._failure(name, error) from error
             position += len(parts[-1])
@@ -167,9 +171,8 @@ class LocalStorage:
             return
         for name, begin, end in requests:
             try:
-                os.posix_fadvise(
-                    self._file(name).fd, begin, max(0, end - begin), os.POSIX_FADV_WILLNEED
-                )
+                file = self._file(name)
+                os.posix_fadvise(file.fd, begin, max(0, end - begin), os.POSIX_FADV_WILLNEED)
             except (OSError, ValueError):
                 continue  # whoever reads it will say what is wrong
 

@@ -15,6 +15,10 @@ class MissingFileError(StorageError, FileNotFoundError):
     """A file that is not there: nothing was retried."""
 
 
+class ReplacedFileError(StorageError):
+    """A file that is not the one it was when its size was asked for."""
+
+
 class TransientError(Exception):
     """One attempt that failed in a way that may pass. retry_after_s: what the server asks for."""
 
@@ -24,12 +28,12 @@ class TransientError(Exception):
 
 
 class PermanentError(Exception):
-    """An attempt that no repetition mends. missing: because there is no such file."""
+    """An attempt that no repetition mends. kind: of the StorageError that it becomes."""
 
-    def __init__(self, reason: str, remedy: str, *, missing: bool = False) -> None:
+    def __init__(self, reason: str, remedy: str, kind: type[StorageError] = StorageError) -> None:
         super().__init__(reason)
         self.remedy = remedy
-        self.missing = missing
+        self.kind = kind
 
 
 def redact(text: str) -> str:

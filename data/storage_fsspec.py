@@ -8,9 +8,14 @@ import fsspec.asyn
 from fsspec.core import url_to_fs
 from fsspec.exceptions import FSTimeoutError
 
-from groundwork.data.storage_errors import PermanentError, TransientError, describe
+from groundwork.data.storage_errors import (
+    MissingFileError,
+    PermanentError,
+    TransientError,
+    describe,
+)
 from groundwork.data.storage_retry import RetryConfig
-from groundwork.data.storage_transport import CHECK_ACCESS, CHECK_URL, REPLACED, FileInfo
+from groundwork.data.storage_transport import CHECK_ACCESS, CHECK_URL, FileInfo, replaced
 
 #: protocol -> what to install for it.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
@@ -39,7 +44,7 @@ class FsspecTransport:
     def info(self, name: str, timeout_s: float) -> FileInfo:
         found = self._call("info", name, timeout_s)
         if found.get("type") == "directory" or found.get("size") is None:
-            raise PermanentError("is a folder, or has no size", CHECK_URL, missing=True)
+            raise PermanentError("is a folder, or has no size", CHECK_URL, MissingFileError)
         return _file_info(found)
 
     def fetch(self, name: str, begin: int, end: int, size: int, timeout_s: float) -> bytes:
@@ -131,12 +136,12 @@ def _classified(error: Exception) -> PermanentError | TransientError:
     if isinstance(error, FSTimeoutError | TimeoutError):
         return TransientError(f"no answer in time ({reason})")
     if isinstance(error, FileNotFoundError):
-        return PermanentError(reason, CHECK_URL, missing=True)
+        return PermanentError(reason, CHECK_URL, MissingFileError)
     status = _status(error)
     if status in (404, 410):
-        return PermanentError(reason, CHECK_URL, missing=True)
+        return PermanentError(reason, CHECK_URL, MissingFileError)
     if status == 416:
-        return PermanentError(reason, REPLACED)
+        return replaced(reason)
     if status is not None and 400 <= status < 500 and status not in PASSING:
         return PermanentError(reason, CHECK_ACCESS)
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:

@@ -19,10 +19,16 @@ from urllib.parse import unquote, urljoin, urlsplit
 import requests
 import urllib3
 
-from groundwork.data.storage_errors import PermanentError, TransientError, describe, redact
+from groundwork.data.storage_errors import (
+    MissingFileError,
+    PermanentError,
+    TransientError,
+    describe,
+    redact,
+)
 from groundwork.data.storage_names import join_url
 from groundwork.data.storage_retry import RetryConfig
-from groundwork.data.storage_transport import CHECK_ACCESS, CHECK_URL, REPLACED, FileInfo
+from groundwork.data.storage_transport import CHECK_ACCESS, CHECK_URL, FileInfo, replaced
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +62,7 @@ class HttpTransport:
                 if length.isdigit():
                     return FileInfo(int(length), _version(answer))
         except PermanentError as error:
-            if error.missing:
+            if error.kind is MissingFileError:
                 raise
         # a signed URL is often signed for GET alone
         with self._request("GET", url, timeout_s, {"Range": "bytes=0-0"}) as answer:
@@ -73,7 +79,7 @@ class HttpTransport:
         asked = {"Range": f"bytes={begin}-{end - 1}"}
         with self._request("GET", join_url(self.url, name), timeout_s, asked) as answer:
             if answer.status_code == 416:
-                raise PermanentError(f"the server has no such bytes ({size:,} expected)", REPLACED)
+                raise replaced(f"the server has no such bytes ({size:,} expected)")
             skip = 0
             if answer.status_code == 206:
                 self._check_range(answer, begin, end, size)
@@ -155,13 +161,13 @@ class HttpTransport:
         found = CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
         if found is None or (int(found[1]), int(found[2])) != (begin, end - 1):
             if found and found[3].isdigit() and int(found[3]) != size:
-                raise PermanentError(f"has {int(found[3]):,} bytes, not {size:,}", REPLACED)
+                raise replaced(f"has {int(found[3]):,} bytes, not {size:,}")
             raise TransientError(
                 f"the server sent the range {answer.headers.get('Content-Range')!r} "
                 f"for bytes {begin}-{end - 1}"
             )
         if found[3] != "*" and int(found[3]) != size:
-            raise PermanentError(f"has {int(found[3]):,} bytes, not {size:,}", REPLACED)
+            raise replaced(f"has {int(found[3]):,} bytes, not {size:,}")
         self._check_length(answer, end - begin, TransientError)
 
     def _check_length(
@@ -172,7 +178,7 @@ class HttpTransport:
             return
         if kind is TransientError:
             raise TransientError(f"the server announced {length} bytes instead of {expected}")
-        raise PermanentError(f"has {length} bytes, not {expected:,}", REPLACED)
+        raise replaced(f"has {length} bytes, not {expected:,}")
 
     def _warn_of_ranges(self) -> None:
         if not self._warned:
@@ -205,7 +211,7 @@ def _refuse(answer: requests.Response) -> None:
     if status in PASSING or status >= 500:
         raise TransientError(reason, _retry_after(answer))
     if status in (404, 410):
-        raise PermanentError(reason, CHECK_URL, missing=True)
+        raise PermanentError(reason, CHECK_URL, MissingFileError)
     raise PermanentError(reason, CHECK_ACCESS if status in (401, 403, 407) else CHECK_URL)
 
 

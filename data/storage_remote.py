@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from typing import Any, TypeVar
 
 from groundwork.data.cache import BlockCache, CacheConfig, block_key
-from groundwork.data.storage_errors import StorageError, redact
+from groundwork.data.storage_errors import ReplacedFileError, StorageError, redact
 from groundwork.data.storage_fsspec import FsspecTransport
 from groundwork.data.storage_http import HttpTransport
 from groundwork.data.storage_names import HTTP, Range, check_name, join_url
@@ -137,6 +137,19 @@ class RemoteStorage:
         return self.read_many([(name, begin, end)])[0]
 
     def read_many(self, requests: Sequence[Range]) -> list[bytes]:
+        try:
+            return self._read_many(requests)
+        except ReplacedFileError:
+            # what was known of the files may be old: from the cache, or from hours ago
+            names = {name for name, _, _ in requests}
+            stale = [n for n in names if not self._remembered(n, self.config.revalidate_s)]
+            for name in names:
+                self._lose(name)
+            if not stale:
+                raise
+            return self._read_many(requests)
+
+    def _read_many(self, requests: Sequence[Range]) -> list[bytes]:
         wanted: dict[Block, list[tuple[int, int, int, int]]] = {}
         parts: list[list[bytes]] = []
         for number, (name, begin, end) in enumerate(requests):
@@ -184,10 +197,9 @@ class RemoteStorage:
                     self._start(block, urgent=False)
 
     def forget(self, name: str, begin: int, end: int) -> None:
-        process = self._process()
+        info = self._remembered(name)
         for block, _, _ in self._blocks(name, begin, end):
-            process.memory.pop(block, None)
-            info = self._remembered(name)
+            self._process().memory.pop(block, None)
             if self.cache is not None and info is not None:
                 self.cache.drop(self._key(block, info))
         self._infos.pop(name, None)
@@ -319,11 +331,19 @@ class RemoteStorage:
         begin = block[1] * self.config.block_bytes
         return f"{self.where(block[0])}: bytes {begin:,} to {begin + self.config.block_bytes:,}"
 
+    def _lose(self, name: str) -> None:
+        """Forget what a file was; its blocks on disk bear its version, those in memory do not."""
+        process = self._process()
+        with process.lock:
+            for block in [block for block in process.memory if block[0] == name]:
+                del process.memory[block]
+        self.forget(name, 0, 0)
+
     def _ends_early(self, block: Block, high: int) -> StorageError:
         end = block[1] * self.config.block_bytes + high
         info = self._remembered(block[0])
         has = f"has {info.size:,} bytes" if info else "is shorter"
-        return StorageError(
+        return ReplacedFileError(
             f"{self.where(block[0])}: bytes up to {end:,} wanted, but the file {has}; it was "
             "replaced or cut off: build or fetch it and its index again"
         )

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from groundwork.data.storage_errors import (
-    MissingFileError,
     PermanentError,
     StorageError,
     TransientError,
@@ -61,7 +60,7 @@ def with_retries(
     what: begins the message of a failure: file and range.
     generator: of the jitter; not the global one, whose numbers belong to the training.
     deadline_s: what is left of the configured one, if something else used part of it.
-    Raises StorageError, and MissingFileError where there is no such file.
+    Raises StorageError, or the kind of it that a PermanentError names.
     """
     start = clock()
     deadline = start + (config.deadline_s if deadline_s is None else deadline_s)
@@ -72,9 +71,8 @@ def with_retries(
             # an attempt of less than a millisecond could only time out
             return attempt(max(1e-3, min(config.attempt_timeout_s, deadline - clock())))
         except PermanentError as error:
-            kind = MissingFileError if error.missing else StorageError
             # from None: the cause of a library may hold a signed URL, and tracebacks are logged
-            raise kind(redact(f"{what}: {error}; {error.remedy}")) from None
+            raise error.kind(redact(f"{what}: {error}; {error.remedy}")) from None
         except TransientError as error:
             delay = generator.uniform(
                 0, min(config.max_delay_s, config.first_delay_s * 2.0 ** min(tries - 1, 60))

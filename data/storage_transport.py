@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from groundwork.data.storage_errors import PermanentError, ReplacedFileError
+
 
 @dataclass(frozen=True)
 class FileInfo:
@@ -33,4 +35,9 @@ class Transport(Protocol):
 #: What to do about an answer that no repetition changes.
 CHECK_URL = "check the URL"
 CHECK_ACCESS = "check the credentials and the permissions of this URL"
-REPLACED = "it was replaced or cut off while it was read: build or fetch its index again"
+
+
+def replaced(reason: str) -> PermanentError:
+    """The error of a file that has another size than it had."""
+    remedy = "it was replaced or cut off since: build or fetch it and its index again"
+    return PermanentError(reason, remedy, ReplacedFileError)

@@ -53,6 +53,7 @@ KINDS = ("unavailable", "stalls", "resets", "truncated", "wrong_length", "trickl
 class Request:
     method: str
     name: str
+    query: str
     range: str | None
     fault: str
 
@@ -91,7 +92,7 @@ class FaultServer:
         """Requests by the fault they met ("" for none)."""
         return Counter(request.fault for request in self.requests)
 
-    def draw(self, method: str, name: str, asked: str | None) -> str:
+    def draw(self, method: str, name: str, query: str, asked: str | None) -> str:
         """Note a request and choose its fault."""
         with self._lock:
             value, fault = self._random.random(), ""
@@ -101,7 +102,7 @@ class FaultServer:
                     fault = kind
                     break
                 value -= share
-            self.requests.append(Request(method, name, asked, fault))
+            self.requests.append(Request(method, name, query, asked, fault))
             return fault
 
     def choose(self, most: int) -> int:
@@ -138,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         outer, faults = self.server_of_files, self.server_of_files.faults
         name = unquote(urlsplit(self.path).path.removeprefix("/set").lstrip("/"))
         asked = self.headers.get("Range")
-        fault = outer.draw(self.command, name, asked)
+        fault = outer.draw(self.command, name, urlsplit(self.path).query, asked)
         if faults.status:
             return self._short(faults.status)
         if fault == "unavailable":
@@ -169,7 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if found else 200)
         if found:
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
-        wrong = -1 if fault == "wrong_length" and body else 0
+        lies = fault == "wrong_length" and body and self.command == "GET"
+        wrong = -1 if lies else 0
         self.send_header("Content-Length", str(len(body) + wrong))
         if outer.faults.etag:
             self.send_header("ETag", f'"{hash(content) & 0xFFFFFFFF:x}"')
