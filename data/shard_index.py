@@ -10,7 +10,6 @@ the arrays of a shard are read, or mapped, when it is first used.
 import hashlib
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,11 +244,12 @@ def map_index(path: Path, tar_bytes: int | None = None, *, verify: bool = True) 
     verify: check the arrays' checksums, which reads the file once (about 1 ms per MB); without it
         only the header and the size are checked.
     """
-    with path.open("rb") as file:
-        try:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except ValueError:  # an empty file
-            data = memoryview(b"")
+    import torch  # here, because the processes that build shards do without these two seconds
+
+    size = path.stat().st_size
+    # torch's maps hold no file descriptor, unlike Python's, so a process may have thousands
+    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    data = memoryview(mapped).toreadonly() if size else memoryview(b"")
     header = parse_index_header(bytes(data[: header_bytes(data, str(path))]), str(path), len(data))
     index = _parse_arrays(data, header, str(path), verify=verify)
     if tar_bytes is not None:
