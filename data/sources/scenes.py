@@ -230,6 +230,8 @@ def scene_clip(config: ScenesConfig, index: int) -> Sample:
 
     Its masks and depths are numbered members, `instances.0000.png` and so on.
     """
+    if config.frames < 2:
+        raise ValueError(f"scene_clip: frames is {config.frames}; a clip has at least 2")
     rng = random.Random(f"scenes:{config.seed}:{index}:clip")
     clip = choose_clip(_settings(config, split_of(index)), rng, config.frames)
     drawn = draw_clip(clip, config.image_size, rng)

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal, TypeVar
 
-from groundwork.data.sources.scenes_shapes import SHAPES, Shape, bounding_radius
+from groundwork.data.sources.scenes_shapes import (
+    SHAPES,
+    Shape,
+    bounding_radius,
+    footprint_radius,
+)
 
 Vector = tuple[float, float, float]
 Material = Literal["matt", "shiny", "striped", "checked"]
@@ -99,7 +104,7 @@ class SceneObject:
     @property
     def footprint(self) -> float:
         """Radius of the disc on the ground that no other solid may touch."""
-        return self.radius * (2**0.5 if self.shape == "cube" else 1.0)
+        return footprint_radius(self.shape, self.radius)
 
 
 @dataclass(frozen=True)
@@ -218,13 +223,14 @@ def frame(
     for azimuth in azimuths:
         cos_a, sin_a = cos_sin(azimuth)
         backwards.append((-sin_a * cos_e, -cos_a * cos_e, sin_e))
+    # the sphere of radius r touches the border at r / cos(half angle of view) from its centre
+    widening = math.sqrt(1 + tangent * tangent)
     distance = 3.0
     for backward in backwards:
         at_target = Camera(_plus(target, backward), target, tangent)
         for thing in everything:
             right, up, forward = at_target.view(thing.centre)
-            # the sphere touches the border plane at radius / cos(half angle of view)
-            reach = max(abs(right), abs(up)) + thing.bounding_radius * (1 + tangent**2) ** 0.5
+            reach = max(abs(right), abs(up)) + thing.bounding_radius * widening
             distance = max(distance, reach * margin / tangent - (forward - 1.0))
     return [Camera(_plus(target, _times(b, distance)), target, tangent) for b in backwards]
 
@@ -243,9 +249,11 @@ def direction(azimuth_deg: float, elevation_deg: float) -> Vector:
 
 def is_free(x: float, y: float, footprint: float, others: Sequence[SceneObject]) -> bool:
     """Whether a solid of this footprint can stand at (x, y) beside the others."""
-    return all(
-        (x - o.x) ** 2 + (y - o.y) ** 2 > (footprint + o.footprint + GAP) ** 2 for o in others
-    )
+    for other in others:
+        dx, dy, apart = x - other.x, y - other.y, footprint + other.footprint + GAP
+        if dx * dx + dy * dy <= apart * apart:
+            return False
+    return True
 
 
 def _choose_objects(
@@ -262,7 +270,7 @@ def _choose_objects(
         base = half_height * PROPORTIONS[shape]
         heading = cos_sin(_range(rng, 0, 90))
         look = (_tint(rng, COLOURS[colour]), _range(rng, 3.0, 4.5), _range(rng, 0, 1))
-        footprint = base * (2**0.5 if shape == "cube" else 1.0)
+        footprint = footprint_radius(shape, base)
         shading = [o for o in objects if o.size == "large"] if size == "small" else []
         in_shadow = bool(shading) and rng.random() < IN_SHADOW
         for attempt in range(PLACING_TRIES + 1):

@@ -174,9 +174,8 @@ def _light_from(scene: Scene) -> Literal["left", "right"] | None:
 
 def _camera_vector(scene: Scene, vector: Vector) -> Vector:
     """A direction in the picture's frame: right, down, forward."""
-    right, up, forward = (
-        sum(v * a for v, a in zip(vector, axis, strict=True)) for axis in scene.camera.axes
-    )
+    x, y, z = vector
+    right, up, forward = (x * a + y * b + z * c for a, b, c in scene.camera.axes)
     return right, -up, forward
 
 

@@ -87,7 +87,7 @@ def _open_sky(scene: Scene, x: Field, y: Field) -> Field:
         height, radius = thing.half_height, thing.radius
         gx, gy = x - thing.x, y - thing.y
         square = gx * gx + gy * gy
-        near = np.flatnonzero(square < np.float32((3.2 * radius) ** 2))
+        near = np.flatnonzero(square < np.float32(3.2 * radius * 3.2 * radius))
         square = square[near] + np.float32(height * height)
         hidden = np.float32(radius * radius * height) / (square * np.sqrt(square))
         hidden = np.maximum(hidden - np.float32(0.03), 0) * np.float32(CONTACT)
@@ -195,5 +195,5 @@ def _parity(cells: Field) -> Field:
 
 def _linear(rgb: tuple[int, int, int]) -> tuple[float, float, float]:
     """Linear light of a colour; the square stands for the curve of sRGB."""
-    r, g, b = ((c / 255) ** 2 for c in rgb)
+    r, g, b = (c * c / (255 * 255) for c in rgb)
     return r, g, b

@@ -6,6 +6,7 @@ additions, products, quotients and roots are used: these are the same on every m
 powers of arrays are not.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
@@ -44,8 +45,13 @@ def bounding_radius(shape: Shape, radius: float, half_height: float) -> float:
     if shape == "sphere":
         return radius
     if shape == "cube":
-        return half_height * 3**0.5
-    return float((radius**2 + half_height**2) ** 0.5)
+        return half_height * math.sqrt(3)
+    return math.sqrt(radius * radius + half_height * half_height)
+
+
+def footprint_radius(shape: Shape, radius: float) -> float:
+    """Radius of the disc around the axis that holds the solid."""
+    return radius * math.sqrt(2) if shape == "cube" else radius
 
 
 def _sphere_entry(

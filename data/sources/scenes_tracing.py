@@ -4,6 +4,7 @@ Rays are cast at the solids themselves, without triangles. All rays of a picture
 only those that pass near a solid are tried on it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -73,8 +74,9 @@ def trace(scene: Scene, rays: Fields) -> Hits:
     for number, thing in enumerate(scene.objects, start=1):
         cx, cy, cz = (c - o for c, o in zip(thing.centre, scene.camera.position, strict=True))
         along = dx * cx + dy * cy + dz * cz
-        reach = max(0.0, cx * cx + cy * cy + cz * cz - thing.bounding_radius**2)
-        near = np.flatnonzero(along > np.float32(reach**0.5))
+        # the sphere around the solid, seen from the camera, is a cone around the way to its centre
+        reach = cx * cx + cy * cy + cz * cz - thing.bounding_radius * thing.bounding_radius
+        near = np.flatnonzero(along > np.float32(math.sqrt(max(0.0, reach))))
         nx, ny, nz, middle = dx[near], dy[near], dz[near], along[near]
         start = _to_object(thing, (nx * middle - cx, ny * middle - cy, nz * middle - cz))
         ray = _to_object(thing, (nx, ny, nz))
@@ -159,11 +161,12 @@ def occluders(scene: Scene, hits: Hits, points: Fields, facing: Field) -> NDArra
         ax, ay, az = cx - px, cy - py, cz - pz
         along = ax * to_light[0] + ay * to_light[1] + az * to_light[2]
         # Pythagoras: how far the ray passes beside the centre; wider by what rounding may cost
-        reach = along * along + np.float32(thing.bounding_radius**2 * 1.01 + 1e-4)
+        radius = thing.bounding_radius
+        reach = along * along + np.float32(radius * radius * 1.01 + 1e-4)
         square = ax * ax
         square += ay * ay
         square += az * az
-        is_ahead = along > np.float32(-thing.bounding_radius)
+        is_ahead = along > np.float32(-radius)
         near = np.flatnonzero((square < reach) & is_ahead & (surface != number))
         if not len(near):
             continue

@@ -15,7 +15,13 @@ from PIL import Image
 
 from groundwork.data.annotations import annotations_from_info
 from groundwork.data.samples import Sample, sample_from_fields
-from groundwork.data.sources.scenes import ScenesConfig, scene_clip, scene_sample
+from groundwork.data.sources.scenes import (
+    FIRST_INDEX,
+    ScenesConfig,
+    heldout_pairs,
+    scene_clip,
+    scene_sample,
+)
 from groundwork.data.sources.scenes_clips import Clip, choose_clip
 from groundwork.data.sources.scenes_description import SceneSettings
 
@@ -196,6 +202,20 @@ def test_clips_survive_the_tar_and_fit_the_schema() -> None:
     assert (known.fps, known.frames, known.end_s) == (4, FRAMES, FRAMES / 4)
     assert scene_sample(CONFIG, 0) == ("train", sample)
     assert sample.info["synthetic"] is True
+
+
+def test_clips_keep_to_the_pairs_of_their_split() -> None:
+    config = replace(CONFIG, frames=2, image_size=32)
+    for index in range(8):
+        for first, is_compositional in ((0, False), (FIRST_INDEX["compositional"], True)):
+            tracks = scene_clip(config, first + index).info["tracks"]
+            pairs = {(track["colour"], track["shape"]) for track in tracks}
+            assert bool(pairs & heldout_pairs(config.seed)) == is_compositional
+
+
+def test_a_clip_has_at_least_two_frames() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        scene_clip(replace(CONFIG, frames=1), 0)
 
 
 def test_an_mp4_shows_the_frames() -> None:
