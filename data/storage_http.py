@@ -92,13 +92,10 @@ class HttpTransport:
 
     def listing(self, timeout_s: float) -> Mapping[str, FileInfo | None]:
         """The links of the page that the server shows for the folder."""
-        deadline = time.monotonic() + timeout_s
         parts = urlsplit(self.url)
         page = parts._replace(path=parts.path.rstrip("/") + "/").geturl()
-        with self._request("GET", page, timeout_s, {}) as answer:
-            text = b"".join(_chunks(answer, MAX_LISTING, deadline)).decode("utf-8", "replace")
         links = _Links()
-        links.feed(text)
+        links.feed(self.document(page, timeout_s)[0].decode("utf-8", "replace"))
         folder = urlsplit(page)
         names = set()
         for link in links.found:
@@ -106,6 +103,16 @@ class HttpTransport:
             if target.netloc == folder.netloc and target.path.startswith(folder.path):
                 names.add(unquote(target.path[len(folder.path) :]))
         return {name: None for name in sorted(names) if name and "/" not in name}
+
+    def document(self, url: str, timeout_s: float) -> tuple[bytes, str | None]:
+        """A page, and the URL of the one that follows it, if its header names one."""
+        deadline = time.monotonic() + timeout_s
+        with self._request("GET", url, timeout_s, {}) as answer:
+            text = b"".join(_chunks(answer, MAX_LISTING, deadline))
+            length = answer.headers.get("Content-Length", "")
+            if length.isdigit() and int(length) != len(text):
+                raise TransientError(f"the answer ends after {len(text):,} of {length} bytes")
+            return text, answer.links.get("next", {}).get("url")
 
     @contextmanager
     def _request(

@@ -19,6 +19,7 @@ from groundwork.data.cache import BlockCache, CacheConfig, block_key
 from groundwork.data.storage_errors import ReplacedFileError, StorageError, redact
 from groundwork.data.storage_fsspec import FsspecTransport
 from groundwork.data.storage_http import HttpTransport
+from groundwork.data.storage_hub import HubTransport
 from groundwork.data.storage_names import HTTP, Range, check_name, join_url
 from groundwork.data.storage_pool import Pool, Task
 from groundwork.data.storage_retry import RetryConfig, with_retries
@@ -61,12 +62,20 @@ class RemoteConfig:
             )
 
 
+def open_transport(url: str, options: Mapping[str, Any], retry: RetryConfig) -> Transport:
+    """The way to the files below a URL. Connects to nothing yet."""
+    if HTTP.match(url):
+        return HttpTransport(url, options, retry)
+    if url.startswith("hf://"):
+        return HubTransport(url, options, retry)
+    return FsspecTransport(url, options, retry)
+
+
 class _Process:
     """What one process has: connections, threads, blocks on their way, blocks in memory."""
 
     def __init__(self, url: str, config: RemoteConfig, retry: RetryConfig) -> None:
-        make = HttpTransport if HTTP.match(url) else FsspecTransport
-        self.transport: Transport = make(url, config.options, retry)
+        self.transport = open_transport(url, config.options, retry)
         self.pool = Pool(config.threads)
         # seeded by the system: forked workers must not retry in step
         self.generator = random.Random()
@@ -215,7 +224,9 @@ class RemoteStorage:
         )
         found = self._wait(task, f"{redact(self.url)}: listing")
         matching = {name: info for name, info in found.items() if fnmatch(name, pattern)}
-        self._infos.update((name, (info, now)) for name, info in matching.items() if info)
+        for name, info in matching.items():
+            if info is not None:
+                self._remember(name, info, now)
         return sorted(matching)
 
     def whole(self, name: str) -> bytes:
@@ -376,15 +387,19 @@ class RemoteStorage:
                     f"{self.where(name)}: size",
                     deadline - time.monotonic(),
                 )
-                known = (info, asked)
-                if self.cache is not None:
-                    record = json.dumps([info.size, info.version, asked]).encode()
-                    self.cache.put(self._info_key(name), record)
+                self._remember(name, info, asked)
+                return info
             self._infos[name] = known
             return known[0]
         finally:
             if held:
                 asking.release()
+
+    def _remember(self, name: str, info: FileInfo, asked: float) -> None:
+        self._infos[name] = (info, asked)
+        if self.cache is not None:
+            record = json.dumps([info.size, info.version, asked]).encode()
+            self.cache.put(self._info_key(name), record)
 
     def _info_of_cache(self, name: str) -> tuple[FileInfo, float] | None:
         """What another process of this machine was told, and when."""

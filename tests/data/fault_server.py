@@ -56,6 +56,7 @@ class Request:
     query: str
     range: str | None
     fault: str
+    authorization: str | None
 
 
 class FaultServer:
@@ -92,7 +93,7 @@ class FaultServer:
         """Requests by the fault they met ("" for none)."""
         return Counter(request.fault for request in self.requests)
 
-    def draw(self, method: str, name: str, query: str, asked: str | None) -> str:
+    def draw(self, method: str, name: str, query: str, headers: Mapping[str, str]) -> str:
         """Note a request and choose its fault."""
         with self._lock:
             value, fault = self._random.random(), ""
@@ -102,7 +103,11 @@ class FaultServer:
                     fault = kind
                     break
                 value -= share
-            self.requests.append(Request(method, name, query, asked, fault))
+            self.requests.append(
+                Request(
+                    method, name, query, headers.get("Range"), fault, headers.get("Authorization")
+                )
+            )
             return fault
 
     def choose(self, most: int) -> int:
@@ -139,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         outer, faults = self.server_of_files, self.server_of_files.faults
         name = unquote(urlsplit(self.path).path.removeprefix("/set").lstrip("/"))
         asked = self.headers.get("Range")
-        fault = outer.draw(self.command, name, urlsplit(self.path).query, asked)
+        fault = outer.draw(self.command, name, urlsplit(self.path).query, self.headers)
         if faults.status:
             return self._short(faults.status)
         if fault == "unavailable":

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 import google_crc32c
@@ -814,6 +815,41 @@ def test_a_file_system_without_time_limits_is_given_up(monkeypatch: pytest.Monke
             storage.read("a.tar", 0, 1)
     finally:
         hang.set()
+
+
+# -- the Hugging Face Hub, as this machine's server plays it
+
+
+def test_a_data_set_on_the_hub_is_read_through_its_listing(data_set: Path, tmp_path: Path) -> None:
+    served: dict[str, bytes] = {}
+    tree = [{"type": "directory", "path": "v1/sub", "oid": "d", "size": 0}]
+    for number, (name, data) in enumerate(files_of(data_set).items()):
+        served[f"datasets/own/na.me/resolve/r%2F1/v1/{name}"] = data
+        entry = {"type": "file", "path": f"v1/{name}", "size": len(data), "oid": f"b{number}"}
+        tree.append(entry | ({"lfs": {"oid": f"sha{number}"}} if number % 2 else {}))
+    served["api/datasets/own/na.me/tree/r%2F1/v1"] = json.dumps(tree).encode()
+    served = {unquote(name): data for name, data in served.items()}
+    wanted = members(data_set)
+    with FaultServer(served, Faults(**ALL_FAULTS | {"wrong_length": 0.0}, seed=1)) as server:
+        config = replace(SMALL, options={"endpoint": server.url, "token": "TOKEN"})
+        url = "hf://datasets/own/na.me@r%2F1/v1"
+        storage = RemoteStorage(url, CacheConfig(tmp_path), config, QUICK)
+        assert storage.names() == sorted(path.name for path in data_set.glob("*.tar"))
+        assert storage.whole("manifest.json") == (data_set / "manifest.json").read_bytes()
+        assert read_all(storage, wanted, 0) == len(wanted)
+        with pytest.raises(MissingFileError, match="lists no such file"):
+            storage.size("none.tar")
+        first = len(server.requests)
+        again = RemoteStorage(url, CacheConfig(tmp_path), config, QUICK)
+        assert read_all(again, wanted, 1) == len(wanted)
+        assert len(server.requests) == first
+        assert {r.authorization for r in server.requests} == {"Bearer TOKEN"}
+
+
+@pytest.mark.parametrize("url", ["hf://datasets/nobody", "hf://datasets/"])
+def test_what_is_no_url_of_the_hub_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="expected hf://datasets/OWNER/NAME"):
+        open_storage(url).size("a.tar")
 
 
 # -- S3, served by moto on this machine
