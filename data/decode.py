@@ -5,9 +5,10 @@ saw it upright), transparent parts on white, grey scales of 16 bits brought to 8
 
 Of a JPEG, `decode_jpeg_crop` decodes no more than a crop of known size needs: at 1/2, 1/4 or 1/8
 where the crop is that much larger than the tensor (the inverse DCT then gives fewer pixels), and no
-further down than the crop reaches. simplejpeg and Pillow both contain libjpeg-turbo and give the
-same pixels; simplejpeg is faster and is asked first, Pillow decides about every file that
-simplejpeg does not find flawless. What is accepted is therefore what Pillow accepts: a file that is
+further down than the crop reaches. Three decoders give the same pixels, so that it matters only for
+speed which of them are at hand: a `JpegCrop` that the caller brings, simplejpeg and Pillow, which
+both contain libjpeg-turbo. They are asked in this order, and Pillow decides about every file that
+the others do not find flawless. What is accepted is therefore what Pillow accepts: a file that is
 cut off is refused, wherever the crop lies; damage below the crop is not looked for.
 """
 
@@ -15,6 +16,7 @@ import io
 import re
 import struct
 import warnings
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -43,6 +45,9 @@ UPRIGHT: Final = {
 
 #: (left, top, right, bottom) in pixels; the last two are outside.
 Box = tuple[int, int, int, int]
+#: Decodes (file, width, height, k, box of the picture at 1/k) exactly as libjpeg-turbo does by
+#: default -> (h, w, 3) uint8; None for files that a library has to look at.
+JpegCrop = Callable[[bytes, int, int, int, Box], np.ndarray | None]
 
 
 class Turn(NamedTuple):
@@ -125,7 +130,9 @@ def jpeg_turn(image: Image.Image) -> Turn | None:
     return TURNS.get(_orientation(image), Turn()) if image.format in ("JPEG", "MPO") else None
 
 
-def decode_jpeg_crop(data: bytes, image: Image.Image, box: Box, size: int) -> np.ndarray:
+def decode_jpeg_crop(
+    data: bytes, image: Image.Image, box: Box, size: int, jpeg_crop: JpegCrop | None = None
+) -> np.ndarray:
     """The part of an opened JPEG that becomes size x size pixels -> (h, w, 3) uint8, as stored.
 
     data: the file; image: the same, opened and not loaded. box: in stored coordinates. The result
@@ -138,7 +145,11 @@ def decode_jpeg_crop(data: bytes, image: Image.Image, box: Box, size: int) -> np
     k = max(k for k in (1, 2, 4, 8) if k == 1 or min(right - left, bottom - top) >= k * size)
     x, w = _on_grid(left, right, image.width, k)
     y, h = _on_grid(top, bottom, image.height, k)
-    pixels = _fast_jpeg(data, image, k, y + h)
+    if jpeg_crop is not None:
+        pixels = jpeg_crop(data, image.width, image.height, k, (x, y, x + w, y + h))
+        if pixels is not None:
+            return pixels
+    pixels = _simplejpeg(data, image, k, y + h)
     if pixels is None:
         try:
             image.draft("RGB", (image.width // k, image.height // k))
@@ -158,7 +169,7 @@ def _on_grid(begin: int, end: int, length: int, k: int) -> tuple[int, int]:
     return min(centred, length // k - pixels), pixels
 
 
-def _fast_jpeg(data: bytes, image: Image.Image, k: int, rows: int) -> np.ndarray | None:
+def _simplejpeg(data: bytes, image: Image.Image, k: int, rows: int) -> np.ndarray | None:
     """At least the first `rows` rows of the picture at 1/k; None where Pillow has to look at it."""
     # CMYK needs Pillow's conversion; below 8 pixels the scales cannot be told apart by their sizes
     if simplejpeg is None or image.mode not in ("RGB", "L") or min(image.size) < 8:

@@ -20,13 +20,14 @@ from groundwork.data.decode import (
     MAX_PIXELS as MAX_PIXELS,
 )
 from groundwork.data.decode import (
-    decode_image as decode_image,
-)
-from groundwork.data.decode import (
+    JpegCrop,
     decode_jpeg_crop,
     decode_opened,
     jpeg_turn,
     open_image,
+)
+from groundwork.data.decode import (
+    decode_image as decode_image,
 )
 from groundwork.data.samples import SampleError
 
@@ -94,17 +95,24 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def training_image(data: bytes, transform: ImageTransform, rng: np.random.Generator) -> Tensor:
+def training_image(
+    data: bytes,
+    transform: ImageTransform,
+    rng: np.random.Generator,
+    *,
+    jpeg_crop: JpegCrop | None = None,
+) -> Tensor:
     """Random resized crop, mirror and colour jitter -> (3, size, size) uint8.
 
     The crop is drawn before a JPEG is decoded, which is then decoded in the crop only and at 1/2,
     1/4 or 1/8 where that still gives `size` pixels; see `decode_jpeg_crop` for how far the crop's
     edges may move for that. Other formats are decoded whole.
+    jpeg_crop: a faster decoder that gives the same pixels (`groundwork.kernels.jpeg_crop`).
     """
     with warnings.catch_warnings():
         # of large images and corrupt metadata; what matters of it ends in an error
         warnings.simplefilter("ignore")
-        pixels = _training_pixels(data, transform, rng)
+        pixels = _training_pixels(data, transform, rng, jpeg_crop)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -114,6 +122,7 @@ def training_images(
     rngs: Sequence[np.random.Generator],
     *,
     threads: int = 1,
+    jpeg_crop: JpegCrop | None = None,
 ) -> tuple[Tensor, list[SampleError | None]]:
     """`training_image` of every file -> (B, 3, size, size) uint8, and what is wrong with each.
 
@@ -129,7 +138,7 @@ def training_images(
     def work(rows: range) -> None:
         for row in rows:
             try:
-                batch[row] = _training_pixels(files[row], transform, rngs[row])
+                batch[row] = _training_pixels(files[row], transform, rngs[row], jpeg_crop)
             except SampleError as error:
                 batch[row] = 0
                 errors[row] = error
@@ -152,7 +161,10 @@ def training_images(
 
 
 def _training_pixels(
-    data: bytes, transform: ImageTransform, rng: np.random.Generator
+    data: bytes,
+    transform: ImageTransform,
+    rng: np.random.Generator,
+    jpeg_crop: JpegCrop | None,
 ) -> np.ndarray:
     """(size, size, 3) uint8."""
     image = open_image(data)
@@ -165,7 +177,8 @@ def _training_pixels(
         pixels = np.array(image)
     else:
         box = random_crop_box(*turn.upright_size(*image.size), transform, rng)
-        crop = decode_jpeg_crop(data, image, turn.stored_box(box, *image.size), transform.size)
+        box = turn.stored_box(box, *image.size)
+        crop = decode_jpeg_crop(data, image, box, transform.size, jpeg_crop)
         pixels = _resize(crop, transform)
         pixels = pixels.swapaxes(0, 1) if turn.transposed else pixels
         pixels = pixels[:: -1 if turn.flip_y else 1, :: -1 if turn.flip_x else 1]
@@ -183,7 +196,7 @@ def _resize(pixels: np.ndarray, transform: ImageTransform) -> np.ndarray:
     torch's kernel for bytes is Pillow's algorithm in vector instructions (4 to 6 times as fast with
     AVX2); its arithmetic is in integers, so the pixels are the same on every processor.
     """
-    x = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    x = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # channels-last, as is the result
     size = (transform.size, transform.size)
     x = interpolate(x, size, mode=transform.resample, antialias=True, align_corners=False)
     return x[0].permute(1, 2, 0).numpy()
