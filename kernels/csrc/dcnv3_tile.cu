@@ -28,6 +28,8 @@ constexpr int REGION = REGION_H * REGION_W, ROWS = (REGION + 15) / 16 * 16, PITC
 constexpr int CHUNKS = (DEPTH + 15) / 16;  // of 16 channels
 constexpr int OWN = 2 * CHUNKS;            // channels a lane loads at a time in `spread`
 constexpr bool EXACT = VALUE_T != 0;       // float16 and bfloat16 fit the tensor cores' operands
+// Sixteens of rows whose value is loaded at once: as many as registers hold.
+constexpr int BATCH = (EXACT ? 4 : 3) - CHUNKS;
 static_assert(TILE_H * TILE_W == 32 && 3 * POINTS <= ROWS && DEPTH <= 32, "settings");
 
 struct alignas(16) Four { float at[4]; };
@@ -41,22 +43,19 @@ GW_INLINE void multiply(float (&acc)[4], const float (&a)[4], const float (&a_lo
   if (!EXACT) multiply_tf32(acc, a, b_low);
 }
 
-// N channels from `channel` on of one group's vector; zeros past the depth.
-template <int N> GW_INLINE void read_channels(const Value* from, int channel, float (&to)[N]) {
+// N channels from `channel` on of the group's vector at from[at]; zeros past the depth, or at -1.
+template <int N> GW_INLINE void read_channels(const Value* from, int at, int channel, float (&to)[N]) {
+  const Value* first = from + (at < 0 ? 0 : at);
   if constexpr (WIDTH >= N && DEPTH % N == 0) {
     struct alignas(N * sizeof(Value)) Part { Value at[N]; };
-    if (channel < DEPTH) {
-      const Part part = *reinterpret_cast<const Part*>(from + channel);
+    const bool exists = at >= 0 && channel < DEPTH;
+    const Part part = *reinterpret_cast<const Part*>(first + (channel < DEPTH ? channel : 0));
 #pragma unroll
-      for (int i = 0; i < N; ++i) to[i] = widen<VALUE_T>(part.at[i]);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = 0.0f;
+    for (int i = 0; i < N; ++i) to[i] = exists ? widen<VALUE_T>(part.at[i]) : 0.0f;
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      to[i] = channel + i < DEPTH ? widen<VALUE_T>(from[channel + i]) : 0.0f;
+      to[i] = at >= 0 && channel + i < DEPTH ? widen<VALUE_T>(first[channel + i]) : 0.0f;
   }
 }
 
@@ -113,16 +112,19 @@ GW_INLINE int unit_of(const Problem& q, const Tile& tile, int lane) {
   return y < tile.height && x < tile.width ? y * tile.across + x * q.groups : -1;
 }
 
-// Where a pixel of the region lies in its image, in elements, or -1 outside of it.
+// Where a pixel of the region lies in its image, in elements, or -1 outside of it. Without branches,
+// as are the loads from there: those of several rows are in flight at once.
 GW_INLINE int pixel_at(const Problem& q, const Tile& tile, int y, int x) {
   y += tile.top;
   x += tile.left;
   const bool exists = (y >= 0) & (y < q.height) & (x >= 0) & (x < q.width);
-  return exists ? (y * q.width + x) * tile.pixel : -1;
+  const int at = (y * q.width + x) * tile.pixel;
+  return exists ? at : -1;
 }
 
 GW_INLINE int pixel_of(const Problem& q, const Tile& tile, int row) {
-  return row < REGION ? pixel_at(q, tile, row / REGION_W, row % REGION_W) : -1;
+  const int at = pixel_at(q, tile, row / REGION_W, row % REGION_W);
+  return row < REGION ? at : -1;
 }
 
 // A sample seen from its region.
@@ -169,8 +171,8 @@ GW_INLINE float product_in_memory(const Value* value, const Value* grad) {
 #pragma unroll 1
   for (int channel = 0; channel < DEPTH; channel += 4) {
     float v[4], g[4];
-    read_channels<4>(value, channel, v);
-    read_channels<4>(grad, channel, g);
+    read_channels<4>(value, 0, channel, v);
+    read_channels<4>(grad, 0, channel, g);
     sum += (v[0] * g[0] + v[1] * g[1]) + (v[2] * g[2] + v[3] * g[3]);
   }
   return sum;
@@ -180,7 +182,7 @@ GW_INLINE void add_in_memory(float* sums, const Value* grad, float weight) {
 #pragma unroll 1
   for (int channel = 0; channel < DEPTH; channel += 4) {
     float g[4];
-    read_channels<4>(grad, channel, g);
+    read_channels<4>(grad, 0, channel, g);
 #pragma unroll
     for (int i = 0; i < 4; ++i) g[i] *= weight;
     add_channels<4>(sums, channel, g);
@@ -197,56 +199,49 @@ GW_INLINE void find_products(const Problem& q, const Tile& tile, int lane, const
   for (int n = 0; n < 4; ++n) {
     const int unit = unit_of(q, tile, n * 8 + row);
 #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
-      if (unit >= 0) {
-        read_channels<4>(grad + unit * DEPTH, c * 16 + member * 4, g[c][n]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) g[c][n][i] = 0.0f;
-      }
-    }
-  }
-#pragma unroll 3
-  for (int first = 0; first < ROWS; first += 16) {
-    float v[CHUNKS][2][4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int pixel = pixel_of(q, tile, first + row + 8 * half);
-#pragma unroll
-      for (int c = 0; c < CHUNKS; ++c) {
-        if (pixel >= 0) {
-          read_channels<4>(value + pixel, c * 16 + member * 4, v[c][half]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) v[c][half][i] = 0.0f;
-        }
-      }
-    }
-    float sums[4][4] = {};
-#pragma unroll
     for (int c = 0; c < CHUNKS; ++c)
+      read_channels<4>(grad, unit < 0 ? -1 : unit * DEPTH, c * 16 + member * 4, g[c][n]);
+  }
+#pragma unroll 1
+  for (int first = 0; first < ROWS; first += 16 * BATCH) {
+    float v[BATCH][CHUNKS][2][4];
 #pragma unroll
-      for (int step = 0; step < 4; step += 2) {
-        float a[4], a_low[4];
+    for (int i = 0; i < BATCH * 2; ++i) {
+      const int pixel = pixel_of(q, tile, first + row + 8 * i);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) split(v[c][i % 2][step + i / 2], EXACT, a[i], a_low[i]);
+      for (int c = 0; c < CHUNKS; ++c)
+        read_channels<4>(value, pixel, c * 16 + member * 4, v[i / 2][c][i % 2]);
+    }
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          float b[2], b_low[2];
+    for (int batch = 0; batch < BATCH; ++batch) {
+      if (first + 16 * batch >= ROWS) break;  // all lanes
+      float sums[4][4] = {};
 #pragma unroll
-          for (int i = 0; i < 2; ++i) split(g[c][n][step + i], EXACT, b[i], b_low[i]);
-          multiply(sums[n], a, a_low, b, b_low, EXACT);
+      for (int c = 0; c < CHUNKS; ++c)
+#pragma unroll
+        for (int step = 0; step < 4; step += 2) {
+          float a[4], a_low[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) split(v[batch][c][i % 2][step + i / 2], EXACT, a[i], a_low[i]);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            float b[2], b_low[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) split(g[c][n][step + i], EXACT, b[i], b_low[i]);
+            multiply(sums[n], a, a_low, b, b_low, EXACT);
+          }
         }
-      }
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
+      for (int n = 0; n < 4; ++n)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Two two;
-        two.at[0] = sums[n][2 * half];
-        two.at[1] = sums[n][2 * half + 1];
-        *reinterpret_cast<Two*>(&board[first + row + 8 * half][n * 8 + member * 2]) = two;
-      }
+        for (int half = 0; half < 2; ++half) {
+          Two two;
+          two.at[0] = sums[n][2 * half];
+          two.at[1] = sums[n][2 * half + 1];
+          float* to = &board[first + 16 * batch + row + 8 * half][n * 8 + member * 2];
+          *reinterpret_cast<Two*>(to) = two;
+        }
+    }
   }
 }
 
@@ -260,12 +255,7 @@ GW_INLINE void spread(const Problem& q, const Tile& tile, int lane, const Value*
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int unit = unit_of(q, tile, member * 8 + i);
-    if (unit >= 0) {
-      read_channels<OWN>(grad + unit * DEPTH, row * OWN, g[i]);
-    } else {
-#pragma unroll
-      for (int n = 0; n < OWN; ++n) g[i][n] = 0.0f;
-    }
+    read_channels<OWN>(grad, unit < 0 ? -1 : unit * DEPTH, row * OWN, g[i]);
   }
 #pragma unroll 1
   for (int first = 0; first < ROWS; first += 16) {
@@ -274,6 +264,7 @@ GW_INLINE void spread(const Problem& q, const Tile& tile, int lane, const Value*
     for (int i = 0; i < 4; ++i)
       weights[i / 2][i % 2] = *reinterpret_cast<const Four*>(
           &board[first + row + 8 * (i / 2)][member * 8 + 4 * (i % 2)]);
+    __syncwarp();  // a matrix product needs all lanes, and not all have added rows above
     float sums[OWN][4] = {};
 #pragma unroll
     for (int step = 0; step < 8; step += 2) {
@@ -329,14 +320,21 @@ dcnv3_backward_tile(Problem q, const float* __restrict__ grid_xy,
   const Value* grad = grad_output + unit * DEPTH;
 
   // Offsets and weights lie unit by unit in memory: read as such, handed over on the board.
+  Pair moved[POINTS];
+  Mask given[POINTS];
 #pragma unroll
-  for (int i = lane; i < 32 * POINTS; i += 32) {
-    const int from = unit_of(q, tile, i / POINTS), p = i % POINTS;
-    if (from < 0) continue;
-    const Pair moved = *reinterpret_cast<const Pair*>(offset + (from * POINTS + p) * 2);
-    board[3 * p][i / POINTS] = widen<OFFSET_T>(moved.x);
-    board[3 * p + 1][i / POINTS] = widen<OFFSET_T>(moved.y);
-    board[3 * p + 2][i / POINTS] = widen<MASK_T>(mask[from * POINTS + p]);
+  for (int i = 0; i < POINTS; ++i) {
+    const int from = unit_of(q, tile, (i * 32 + lane) / POINTS), p = (i * 32 + lane) % POINTS;
+    const int at = from < 0 ? 0 : from * POINTS + p;  // something, where there is no unit
+    moved[i] = reinterpret_cast<const Pair*>(offset)[at];
+    given[i] = mask[at];
+  }
+#pragma unroll
+  for (int i = 0; i < POINTS; ++i) {
+    const int owner = (i * 32 + lane) / POINTS, p = (i * 32 + lane) % POINTS;
+    board[3 * p][owner] = widen<OFFSET_T>(moved[i].x);
+    board[3 * p + 1][owner] = widen<OFFSET_T>(moved[i].y);
+    board[3 * p + 2][owner] = widen<MASK_T>(given[i]);
   }
   __syncwarp();
   float x[POINTS], y[POINTS], weight[POINTS];
