@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundwork.kernels.dcnv3 import dcnv3
+from groundwork.kernels.depthwise_norm_gelu import depthwise_norm_gelu
 
 #: Of every LayerNorm in InternImage.
 LAYER_NORM_EPS = 1e-6
@@ -24,6 +25,61 @@ class ToChannelsFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2)
+
+
+class DepthwiseNormAct(nn.Sequential):
+    """A depthwise convolution, LayerNorm and activation: (B, H, W, C) -> (B, H, W, C).
+
+    With GELU they are one op, which needs the parameters of two modules at once. Each module reads
+    its own while its forward runs, one inside the other: ZeRO-3 gathers them for just that time.
+    """
+
+    def __init__(
+        self, channels: int, kernel_size: int, act: Callable[[], nn.Module], backend: str
+    ) -> None:
+        convolution = _DepthwiseConv(
+            channels, channels, kernel_size, padding=kernel_size // 2, groups=channels
+        )
+        norm = _NormGelu(channels, eps=LAYER_NORM_EPS)
+        super().__init__(convolution, nn.Sequential(ToChannelsLast(), norm), act())
+        # The plain layers are the op's reference.
+        self.backend = "reference" if backend == "reference" else "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution, norm, act = self
+        if type(act) is nn.GELU and act.approximate == "none":
+            (_, inner) = norm.children()
+            output: Tensor = convolution(x, norm=inner, backend=self.backend)
+            return output
+        activated: Tensor = act(norm(convolution(x.permute(0, 3, 1, 2))))
+        return activated
+
+
+class _DepthwiseConv(nn.Conv2d):
+    """x: (B, C, H, W); with a norm (B, H, W, C), and GELU(norm(convolution of x)) as one op."""
+
+    def forward(self, x: Tensor, norm: nn.Module | None = None, backend: str = "auto") -> Tensor:
+        if norm is None:
+            return super().forward(x)
+        output: Tensor = norm(x, weight=self.weight, bias=self.bias, backend=backend)
+        return output
+
+
+class _NormGelu(nn.LayerNorm):
+    """LayerNorm; with the weight of a convolution, that and a GELU around it."""
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        if weight is None or bias is None:
+            return super().forward(x)
+        return depthwise_norm_gelu(
+            x, weight, bias, self.weight, self.bias, eps=self.eps, backend=backend
+        )
 
 
 class DCNv3(nn.Module):
@@ -69,13 +125,7 @@ class DCNv3(nn.Module):
         self.backend = backend
 
         points = kernel_size**2 - int(remove_center)
-        self.dw_conv = nn.Sequential(
-            nn.Conv2d(
-                channels, channels, dw_kernel_size, padding=dw_kernel_size // 2, groups=channels
-            ),
-            nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels, eps=LAYER_NORM_EPS)),
-            act(),
-        )
+        self.dw_conv = DepthwiseNormAct(channels, dw_kernel_size, act, backend)
         self.offset = nn.Linear(channels, groups * points * 2)
         self.mask = nn.Linear(channels, groups * points)
         self.input_proj = nn.Linear(channels, channels)
@@ -99,7 +149,7 @@ class DCNv3(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         projected = self.input_proj(x)
-        guide = self.dw_conv(x.permute(0, 3, 1, 2))  # (B, H, W, C)
+        guide = self.dw_conv(x)  # (B, H, W, C)
         sampled = dcnv3(
             projected,
             self.offset(guide),

@@ -8,6 +8,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from groundwork.kernels.residual_norm import residual_norm
 from groundwork.pretrain.models.dcnv3_module import (
     LAYER_NORM_EPS,
     DCNv3,
@@ -111,7 +112,9 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm_scheme = norm
-        self.norm1 = _layer_norm(channels)
+        # The plain layers are the reference of the fused ones.
+        self.backend = "reference" if kernel_backend == "reference" else "auto"
+        self.norm1 = _branch_norm(channels)
         self.dcn = DCNv3(
             channels,
             groups,
@@ -121,7 +124,7 @@ class Block(nn.Module):
             remove_center=remove_center,
             backend=kernel_backend,
         )
-        self.norm2 = _layer_norm(channels)
+        self.norm2 = _branch_norm(channels)
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
         self.drop_path = DropPath(drop_path)
         self.gamma1 = self.gamma2 = None
@@ -134,13 +137,44 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm_scheme == "post_norm":
-            x = x + self.drop_path(_scaled(self.norm1(self.dcn(x)), self.gamma1))
-            return x + self.drop_path(_scaled(self.norm2(self.mlp(x)), self.gamma2))
+            x = self._post_norm(x, self.dcn(x), self.norm1, self.gamma1)
+            return self._post_norm(x, self.mlp(x), self.norm2, self.gamma2)
         if self.norm_scheme == "res_post_norm":
             x = x + self.drop_path(self.res_post_norm1(self.dcn(self.norm1(x))))
             return x + self.drop_path(self.res_post_norm2(self.mlp(self.norm2(x))))
         x = x + self.drop_path(_scaled(self.dcn(self.norm1(x)), self.gamma1))
         return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2))
+
+    def _post_norm(self, x: Tensor, y: Tensor, norm: nn.Sequential, gamma: Tensor | None) -> Tensor:
+        """x + DP(gamma · norm(y)); with gamma as one op, without it is not faster."""
+        if gamma is None:
+            return x + self.drop_path(norm(y))
+        keep = None
+        if self.training and self.drop_path.drop_prob > 0:
+            keep = self.drop_path(y.new_ones(len(y), 1)).flatten()  # (B,)
+        output: Tensor = norm[0](y, residual=x, gamma=gamma, keep=keep, backend=self.backend)
+        return output
+
+
+class BranchNorm(nn.LayerNorm):
+    """LayerNorm of a branch y; with a residual, residual + keep · gamma · LayerNorm(y) as one op.
+
+    The sum is made here, since under ZeRO-3 the norm's parameters are there only while it runs.
+    """
+
+    def forward(
+        self,
+        y: Tensor,
+        residual: Tensor | None = None,
+        gamma: Tensor | None = None,
+        keep: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        if residual is None or gamma is None:
+            return super().forward(y)
+        return residual_norm(
+            residual, y, self.weight, self.bias, gamma, keep=keep, eps=self.eps, backend=backend
+        )
 
 
 class Mlp(nn.Module):
@@ -156,6 +190,10 @@ class Mlp(nn.Module):
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else x * gamma
+
+
+def _branch_norm(channels: int) -> nn.Sequential:
+    return nn.Sequential(BranchNorm(channels, eps=LAYER_NORM_EPS))
 
 
 def _layer_norm(channels: int) -> nn.Sequential:
