@@ -16,6 +16,7 @@ from groundwork.data.browse.annotation import (
 )
 from groundwork.data.browse.collection import Split
 from groundwork.data.browse.pictures import member_kind
+from groundwork.data.browse.run_lengths import has_run_lengths
 from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.samples import Concept, Sample, SampleError
 
@@ -79,6 +80,7 @@ def full(split: Split, number: int, knowledge: KnowledgeIndex | None) -> dict[st
         ],
         "boxes": boxes,
         "tracks": tracks,
+        "runLengths": any(map(has_run_lengths, _list(sample.info.get("boxes")))),
         "fps": _fps(sample),
         "qa": _questions(sample, problems),
         "members": [

@@ -39,8 +39,11 @@ function link(changes) {
   return `#${query}`;
 }
 
+/** The state changes at once, what is shown when the browser tells of the new address. */
 function go(changes) {
-  location.hash = link(changes);
+  const next = link(changes);
+  state = { ...state, ...changes };
+  location.hash = next;
 }
 
 /** Turn pages from where the address is, not from what has been drawn of it so far. */

@@ -83,8 +83,18 @@ def overlay(name: str, content: bytes, *, near_is_dark: bool = True) -> bytes:
             colours = _depth_colours(values, near_is_dark)
         else:
             colours = label_colours(values)
-        image = Image.fromarray(colours)
-        image.thumbnail((OVERLAY, OVERLAY), Image.Resampling.NEAREST)
+        return _png(colours)
+
+
+def labels_overlay(labels: NDArray[Any]) -> bytes:
+    """(H, W) labels as a coloured PNG."""
+    with _decoding:
+        return _png(label_colours(labels))
+
+
+def _png(rgba: NDArray[np.uint8]) -> bytes:
+    image = Image.fromarray(rgba)
+    image.thumbnail((OVERLAY, OVERLAY), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -12,11 +12,18 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from groundwork.data.browse.collection import Collection, Split
 from groundwork.data.browse.description import brief, full, raw
-from groundwork.data.browse.pictures import media_type, member_kind, overlay, thumbnail
+from groundwork.data.browse.pictures import (
+    labels_overlay,
+    media_type,
+    member_kind,
+    overlay,
+    thumbnail,
+)
+from groundwork.data.browse.run_lengths import run_length_map
 from groundwork.data.browse.scan import Filters, scan
 from groundwork.data.samples import Sample, SampleError
 from groundwork.data.shard_index import ShardError
@@ -135,28 +142,34 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answered = False
         try:
-            self._refuse_strangers()
-            address = urlsplit(self.path)
-            if address.path in PAGE_FILES:
-                name, kind = PAGE_FILES[address.path]
+            # not by urlsplit, which takes what follows two slashes for the name of a host
+            path, _, query = self.path.partition("?")
+            self._refuse_strangers(path)
+            if path in PAGE_FILES:
+                name, kind = PAGE_FILES[path]
                 self._send((PAGE / name).read_bytes(), kind)
                 return
-            answer = self._answers().get(address.path)
+            answer = self._answers().get(path)
             if answer is None:
                 raise RequestError(HTTPStatus.NOT_FOUND, "nothing has this address")
-            answer(_Query(address.query))
+            answer(_Query(query))
         except RequestError as error:
             self._send_error(error.status, str(error))
         except (SampleError, ShardError) as error:
             self._send_error(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
+        except (ConnectionError, TimeoutError):
+            raise  # the browser has gone
+        except Exception as error:
+            self._send_error(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
+            raise
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_strangers(self, path: str) -> None:
         host = self.headers.get("Host", "")
         if re.sub(r":\d*$", "", host).lower() not in HOSTS:
             raise RequestError(HTTPStatus.FORBIDDEN, f"not the host {host[:80]!r}; use localhost")
         # a page from elsewhere may link to this one, and ask for nothing else
         site = self.headers.get("Sec-Fetch-Site", "none")
-        if site not in ("none", "same-origin") and self.path.startswith("/api/"):
+        if site not in ("none", "same-origin") and path not in PAGE_FILES:
             raise RequestError(HTTPStatus.FORBIDDEN, "asked for by another site")
 
     def _answers(self) -> Mapping[str, Callable[[_Query], None]]:
@@ -169,6 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
             "/api/image": self._image,
             "/api/member": self._member,
             "/api/overlay": self._overlay,
+            "/api/segments": self._segments,
             "/api/raw": self._raw,
         }
 
@@ -278,6 +292,14 @@ class _Handler(BaseHTTPRequestHandler):
         near_is_dark = not (isinstance(depth, dict) and depth.get("near") == "bright")
         content = overlay(name, sample.members[name], near_is_dark=near_is_dark)
         self._send(content, "image/png", KEPT)
+
+    def _segments(self, query: _Query) -> None:
+        """The masks of boxes that are run lengths; the page draws polygons itself."""
+        split = self._split(query)
+        labels = run_length_map(split.read(self._number(query, split)).info)
+        if labels is None:
+            raise RequestError(HTTPStatus.NOT_FOUND, "no box has run lengths that fill a mask")
+        self._send(labels_overlay(labels), "image/png", KEPT)
 
     def _raw(self, query: _Query) -> None:
         """The whole `json` member, as a file."""

@@ -14,7 +14,7 @@ export const colour = (box) => ({ "--hue": hue(box.name) });
 
 /** The stage. link(element, index): makes pointing at an element highlight the box of that number. */
 export function stage(sample, parameters, link) {
-  const source = (name, kind) => address(kind === "image" ? "member" : "overlay", { ...parameters, name });
+  const source = (name, kind) => (name === null ? address("segments", parameters) : address(kind === "image" ? "member" : "overlay", { ...parameters, name }));
   const canvas = el("div", { class: "canvas" });
   const bar = el("div", { class: "bar" });
   const box = el("div", { class: "stage" }, canvas, bar);
@@ -36,7 +36,8 @@ export function stage(sample, parameters, link) {
   if (sample.size) shape(canvas, sample.size, sample.size[0]);
 
   const overlays = groups.filter((g) => g !== base && g.kind !== "image");
-  const layers = overlays.map((group) => el("img", { class: `layer ${group.kind}`, alt: "", "data-member": group.name }));
+  if (sample.runLengths) overlays.push({ name: "segments", kind: "labels", members: [null] });
+  const layers = overlays.map((group) => el("img", { class: `layer ${group.kind}`, alt: "", "data-member": group.name, onerror: (event) => event.target.remove() }));
   canvas.append(...layers);
   overlays.forEach((group, i) => {
     const byDefault = group.kind === "labels" && (group.name !== "mask" || !overlays.some((g) => g.name === "instances"));

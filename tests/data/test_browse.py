@@ -1,8 +1,10 @@
 import http.client
 import io
 import json
+import socket
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from groundwork.data.browse.annotation import Entity, find_entities, segments
 from groundwork.data.browse.collection import Collection
 from groundwork.data.browse.description import brief, full
 from groundwork.data.browse.pictures import overlay
+from groundwork.data.browse.run_lengths import decode_run_lengths
+from groundwork.data.browse.scan import Filters
 from groundwork.data.browse.server import Browser
 from groundwork.data.browse.training_order import check_sample
 from groundwork.data.dataset import open_dataset
@@ -406,6 +410,52 @@ def test_depth_is_brightest_where_it_is_near(near_is_dark: bool) -> None:
     assert bool(near > far) is near_is_dark
 
 
+@pytest.mark.parametrize("compressed", [True, False])
+def test_run_lengths_are_decoded_as_pycocotools_does(compressed: bool) -> None:
+    coco = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for height, width, share in ((7, 5, 0.5), (300, 200, 0.5), (40, 400, 0.001), (9, 9, 1.0)):
+        mask = rng.random((height, width)) < share
+        encoded = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        counts: Any = encoded["counts"].decode()
+        if not compressed:
+            flat = np.concatenate([[False], mask.T.ravel()])
+            counts = np.diff(np.flatnonzero(np.diff(flat, prepend=True, append=not flat[-1])))
+            counts = counts.tolist()
+            counts[0] -= 1
+        decoded = decode_run_lengths({"size": [height, width], "counts": counts})
+        assert decoded is not None
+        np.testing.assert_array_equal(decoded, mask)
+
+
+@settings(max_examples=200)
+@given(
+    size=st.lists(st.integers(-1, 40), max_size=3) | st.just([2**24, 2**24]),
+    counts=st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=30)
+    | st.lists(st.integers(-5, 2**40) | st.none(), max_size=8),
+)
+def test_run_lengths_that_are_nonsense_draw_nothing(size: list[int], counts: Any) -> None:
+    mask = decode_run_lengths({"size": size, "counts": counts})
+    assert mask is None or mask.shape == tuple(size)
+
+
+def test_masks_of_run_lengths_are_drawn_by_box(tmp_path: Path) -> None:
+    boxes = [
+        {"xyxy": [0, 0, 1, 2], "segmentation": {"size": [2, 3], "counts": [0, 2, 4]}},
+        {"xyxy": [0, 0, 9, 9], "segmentation": {"size": [2, 3], "counts": [99]}},
+        {"xyxy": [2, 0, 3, 2], "segmentation": {"size": [2, 3], "counts": [4, 2]}},
+    ]
+    samples = [("train", Sample("k", picture(3, 2), "png", "", {"boxes": boxes}))]
+    samples += [("train", Sample("l", picture(3, 2), "png", "", {"boxes": boxes[1:2]}))]
+    write_shards(samples, tmp_path / "o", name="o", source={}, licence="")
+    for client in serving(Collection(str(tmp_path / "o"))):
+        assert client.get("sample", split="train", number=0).json["runLengths"]
+        shown = rgba(client.get("segments", split="train", number=0).content)
+        assert client.get("segments", split="train", number=1).status == 404
+    np.testing.assert_array_equal(shown[..., 3], [[255, 0, 255]] * 2)
+    assert (shown[0, 0] != shown[0, 2]).any()
+
+
 # --- filters
 
 
@@ -475,6 +525,8 @@ def test_only_loopback_is_listened_on(client: Client) -> None:
         "/../../../../etc/passwd",
         "/%2e%2e/%2e%2e/etc/passwd",
         "//etc/passwd",
+        "//localhost/api/about",
+        "http://localhost/api/about",
         "/server.py",
         "/page.css/../server.py",
         "/manifest.json",
@@ -515,6 +567,34 @@ def test_other_sites_cannot_ask(client: Client) -> None:
     for site in ("cross-site", "same-site"):
         assert client.send("/api/about", Sec_Fetch_Site=site).status == 403
     assert client.send("/api/about", Sec_Fetch_Site="same-origin").status == 200
+
+
+def test_a_search_ends_when_the_page_that_asked_has_gone(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_module, "PROGRESS_S", 0.0)
+    searched = []
+
+    def slowly(_filters: object, _split: object, number: int) -> None:
+        searched.append(number)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(Filters, "find", slowly)
+    for _ in range(2):  # as many as may be at work
+        with socket.create_connection(("127.0.0.1", client.server.server_port)) as page:
+            page.sendall(b"GET /api/scan?split=train HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            page.recv(100)
+    time.sleep(0.5)
+    before = len(searched)
+    monkeypatch.undo()
+    assert client.matches(boxes=1) == [0]
+    assert len(searched) == before < 2 * SAMPLES
+
+
+def test_a_defect_is_told_to_the_page(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Collection, "split", None)
+    answer = client.get("list", split="val", start=0, count=1)
+    assert answer.status == 500 and "TypeError" in answer.json["error"]
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
