@@ -66,6 +66,9 @@ __all__ = [
     "write_index",
 ]
 
+#: What stands for the checksum of a member that is not there.
+NO_CHECKSUM = 2**32 - 1
+
 
 @dataclass(frozen=True)
 class ShardIndex:
@@ -106,7 +109,7 @@ class ShardIndex:
         """sha256 of the keys, fields and checksums: what the tar holds, wherever it lies in it."""
         parts = (
             json.dumps(self.fields).encode(),
-            np.where(self.sizes == MISSING, MISSING, self.checksums).astype("<i8").tobytes(),
+            np.where(self.sizes == MISSING, NO_CHECKSUM, self.checksums.astype("<i8")).tobytes(),
             self.key_ends.astype("<i8").tobytes(),
             self.keys,
         )
@@ -249,7 +252,7 @@ def map_index(path: Path, tar_bytes: int | None = None, *, verify: bool = True) 
     size = path.stat().st_size
     # torch's maps hold no file descriptor, unlike Python's, so a process may have thousands
     mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-    data = memoryview(mapped).toreadonly() if size else memoryview(b"")
+    data = mapped.data.toreadonly() if size else memoryview(b"")
     header = parse_index_header(bytes(data[: header_bytes(data, str(path))]), str(path), len(data))
     index = _parse_arrays(data, header, str(path), verify=verify)
     if tar_bytes is not None:

@@ -202,7 +202,7 @@ def _build(
         task = bar.add_task("", total=len(units))
 
         def show(progress: Progress) -> None:
-            resumed = f", {progress.resumed:,} shards from before" if progress.resumed else ""
+            resumed = f", {progress.resumed:,} units from before" if progress.resumed else ""
             description = f"{progress.samples:,} samples{resumed}"
             bar.update(task, completed=progress.units, description=description)
 

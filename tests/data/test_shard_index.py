@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import pickle
@@ -30,6 +31,7 @@ from groundwork.data.shard_index import (
     scan_tar,
     write_index,
 )
+from groundwork.data.tar_writer import TarShardWriter
 
 Content = dict[str, dict[str, bytes]]
 in_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -620,3 +622,63 @@ def test_headers_that_lie_under_a_right_checksum_do_no_harm(
     else:
         content(index, tar)
     assert time.monotonic() - begin < 5
+
+
+def hexdump(data: bytes, begin: int) -> list[str]:
+    lines = []
+    for place in range(0, len(data), 16):
+        row = data[place : place + 16]
+        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
+        lines.append(f"{begin + place:06x}  {row.hex(' '):47}  {text}")
+    return lines
+
+
+def example(folder: Path) -> str:
+    """The side-car of a small tar, taken to pieces by its specification."""
+    jpeg = bytes.fromhex("ffd8 ffc0 0011 08 0020 0040 03 012200 021101 031101 ffd9")
+    with TarShardWriter(folder / "x.tar") as writer:
+        writer.write("cat", {"jpg": jpeg, "txt": b"a cat"})
+        writer.write("dog", {"jpg": jpeg})
+    tar, data = (folder / "x.tar").read_bytes(), (folder / "x.idx").read_bytes()
+    lines = []
+    for name, begin in (("cat.jpg", 512), ("cat.txt", 1536), ("dog.jpg", 2560)):
+        assert tar[begin - 512 :].startswith(name.encode() + b"\0")
+        size = 5 if name == "cat.txt" else len(jpeg)
+        lines.append(f"x.tar  {begin:5}  {name}, {size} bytes")
+    lines += ["", "x.idx, preamble: magic, version, length and crc32c of the header"]
+    length = int.from_bytes(data[8:12], "little")
+    record = json.loads(data[16 : 16 + length])
+    lines += hexdump(data[:16], 0)
+    blanks = length - len(data[16 : 16 + length].rstrip())
+    lines += ["", f"header, {length} bytes, the last {blanks} of them blanks"]
+    sections = record.pop("sections")
+    lines += [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in record.items()]
+    lines[-len(record)] = "{" + lines[-len(record)][1:]
+    lines.append(' "sections": [')
+    lines += [f"  {json.dumps(section)}," for section in sections]
+    lines[-1] = lines[-1][:-1] + "]}"
+    for name, kind, shape, begin, _ in sections:
+        values = np.frombuffer(data, kind, int(np.prod(shape)), begin).reshape(shape)
+        shown = bytes(values) if name == "keys" else values.tolist()
+        lines += ["", f"{name}: {shown}"]
+        lines += hexdump(data[begin : begin + values.nbytes + -values.nbytes % 8], begin)
+    return "\n".join(lines)
+
+
+def test_the_example_in_the_specification_is_what_is_written(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "shard_format.md").read_text("utf-8")
+    shown = page.partition("<!-- example: begin -->\n")[2].partition("\n<!-- example: end -->")[0]
+    assert shown == f"```text\n{example(tmp_path)}\n```"
+
+
+def test_the_digest_is_the_one_that_is_specified(pictures: Path) -> None:
+    index = scan_tar(pictures)
+    parts = [b'["depth.png", "jpg", "png", "txt", "webp"]']
+    for row in range(len(index)):
+        for size, checksum in zip(index.sizes[row], index.checksums[row], strict=True):
+            value = 2**32 - 1 if size == MISSING else int(checksum)
+            parts.append(value.to_bytes(8, "little"))
+    ends = np.cumsum([len(index.key(row).encode()) for row in range(len(index))])
+    parts += [int(end).to_bytes(8, "little") for end in ends]
+    parts += [index.key(row).encode() for row in range(len(index))]
+    assert hashlib.sha256(b"".join(parts)).hexdigest() == index.digest()

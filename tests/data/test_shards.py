@@ -20,6 +20,7 @@ from groundwork.data.shard_index import ShardError, index_path, read_index, scan
 from groundwork.data.shards import (
     Manifest,
     is_data_set,
+    parse_manifest,
     read_concepts,
     read_manifest,
     write_shards,
@@ -371,3 +372,39 @@ def test_a_data_set_with_files_of_someone_else_is_not_replaced(
         write(some(4), out)
     assert mine.exists()
     assert len(read_manifest(out).splits["train"]) == 1
+
+
+@pytest.mark.parametrize("edit", ["more", "less", "none"])
+def test_a_card_that_somebody_wrote_into_is_kept(edit: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(some(3), out)
+    card = out / "README.md"
+    if edit == "none":
+        card.unlink()
+        write(some(4), out)
+        assert card.exists()
+        return
+    text = card.read_text()
+    card.write_text(text + "my notes" if edit == "more" else text.replace("Licence", "License"))
+    with pytest.raises(ShardError, match="holds something else"):
+        write(some(4), out)
+    assert len(read_manifest(out).splits["train"]) == 1
+
+
+def test_a_manifest_is_parsed_from_its_bytes(tmp_path: Path) -> None:
+    manifest = write(some(9), tmp_path / "out", max_samples=4)
+    data = (tmp_path / "out" / "manifest.json").read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    assert parse_manifest(data, "s3://b/manifest.json") == manifest
+    with pytest.raises(ShardError, match=r"^s3://b/manifest\.json: not a groundwork manifest"):
+        parse_manifest(b"{}", "s3://b/manifest.json")
+
+
+def test_keys_are_compared_across_shards_and_not_across_splits(tmp_path: Path) -> None:
+    pairs = [*some(9), *(("val", sample) for _, sample in some(9)), *some(8)[7:]]
+    with pytest.raises(
+        ShardError,
+        match=r"key 'k7' twice in split 'train' \(in train-000003\.tar and train-000004\.tar\)",
+    ):
+        write(pairs, tmp_path / "out", max_samples=2)
+    assert write(pairs[:-1], tmp_path / "out", max_samples=2).samples("val") == 9
