@@ -75,14 +75,21 @@ def read_image(path: Path) -> EncodedImage:
 def measure(data: bytes) -> EncodedImage:
     """Read the header of an encoded image; nothing is decoded. Raises BadItemError.
 
-    A JPEG cut short shows only when it is decoded.
+    The check covers all chunks of a PNG; a JPEG cut short shows only when it is decoded.
     """
     if not data:
         raise BadItemError("is empty")
+    orientation = 1
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             found, (width, height) = str(image.format), image.size
-            orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+            if found != "PNG":
+                orientation = _orientation(image)
+            else:
+                image.verify()
+                # asked for the tag, Pillow decodes a PNG, in which it may come last
+                if b"eXIf" in data or b"Raw profile type exif" in data:
+                    orientation = _orientation(Image.open(io.BytesIO(data), formats=("PNG",)))
     except UnidentifiedImageError as error:
         # its own message names an address in memory
         raise BadItemError("is neither a JPEG, nor a PNG, nor a WebP image") from error
@@ -91,3 +98,7 @@ def measure(data: bytes) -> EncodedImage:
     if orientation in SIDEWAYS:
         width, height = height, width
     return EncodedImage(data, FORMAT_EXTENSIONS[found], width, height, orientation)
+
+
+def _orientation(image: Image.Image) -> int:
+    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
