@@ -18,8 +18,8 @@ from groundwork.data.storage_retry import RetryConfig
 from groundwork.data.storage_transport import CHECK_URL, FileInfo
 
 HUB = re.compile(
-    r"hf://(?P<kind>datasets/|spaces/|)(?P<repository>(?!datasets/|spaces/)[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?"
-    r"(/(?P<folder>.*))?"
+    r"hf://(?P<kind>datasets/|spaces/|)(?P<repository>(?!datasets/|spaces/)[^/@]+/[^/@]+)"
+    r"(@(?P<revision>[^/]+))?(/(?P<folder>.*))?"
 )
 #: A folder is listed again when the size of a file in it is asked for so much later.
 LISTING_AGE_S = 60.0

@@ -1,7 +1,6 @@
 """Files of a remote store: fetched in aligned blocks, in parallel, kept in memory or on disk."""
 
 import functools
-import json
 import math
 import os
 import random
@@ -15,11 +14,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, TypeVar
 
-from groundwork.data.cache import BlockCache, CacheConfig, block_key
+from groundwork.data.cache import BlockCache, CacheConfig
 from groundwork.data.storage_errors import ReplacedFileError, StorageError, redact
 from groundwork.data.storage_fsspec import FsspecTransport
 from groundwork.data.storage_http import HttpTransport
 from groundwork.data.storage_hub import HubTransport
+from groundwork.data.storage_known import KnownFiles
 from groundwork.data.storage_names import HTTP, Range, check_name, join_url
 from groundwork.data.storage_pool import Pool, Task
 from groundwork.data.storage_retry import RetryConfig, with_retries
@@ -109,12 +109,11 @@ class RemoteStorage:
                 "give the cache room for many, or make blocks smaller (RemoteConfig.block_bytes)"
             )
         self.cache = None if cache is None else BlockCache(cache)
-        # what is known of files, and when (time.time) the store was asked
-        self._infos: dict[str, tuple[FileInfo, float]] = {}
+        self.known = KnownFiles(url, self.cache)
         self._processes: dict[int, _Process] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_infos": dict(self._infos), "_processes": {}}
+        return {**self.__dict__, "_processes": {}}
 
     def where(self, name: str) -> str:
         return redact(join_url(self.url, name))
@@ -128,7 +127,7 @@ class RemoteStorage:
         pool = self._process().pool
         tasks: dict[str, Task[FileInfo]] = {}
         for name in names:
-            if name not in tasks and not self._remembered(name, self.config.revalidate_s):
+            if name not in tasks and not self.known.get(name, self.config.revalidate_s):
                 ask = functools.partial(self._info, name, fresh=True)
                 tasks[name] = pool.submit(ask, urgent=True)
         asked = {
@@ -151,7 +150,7 @@ class RemoteStorage:
         except ReplacedFileError:
             # what was known of the files may be old: from the cache, or from hours ago
             names = {name for name, _, _ in requests}
-            stale = [n for n in names if not self._remembered(n, self.config.revalidate_s)]
+            stale = [n for n in names if not self.known.get(n, self.config.revalidate_s)]
             for name in names:
                 self._lose(name)
             if not stale:
@@ -206,14 +205,12 @@ class RemoteStorage:
                     self._start(block, urgent=False)
 
     def forget(self, name: str, begin: int, end: int) -> None:
-        info = self._remembered(name)
+        info = self.known.get(name)
         for block, _, _ in self._blocks(name, begin, end):
             self._process().memory.pop(block, None)
             if self.cache is not None and info is not None:
                 self.cache.drop(self._key(block, info))
-        self._infos.pop(name, None)
-        if self.cache is not None:
-            self.cache.drop(self._info_key(name))
+        self.known.forget(name)
 
     def names(self, pattern: str = "*.tar") -> list[str]:
         now = time.time()
@@ -226,7 +223,7 @@ class RemoteStorage:
         matching = {name: info for name, info in found.items() if fnmatch(name, pattern)}
         for name, info in matching.items():
             if info is not None:
-                self._remember(name, info, now)
+                self.known.note(name, info, now)
         return sorted(matching)
 
     def whole(self, name: str) -> bytes:
@@ -248,7 +245,7 @@ class RemoteStorage:
     def _is_kept(self, block: Block) -> bool:
         if block in self._process().memory:
             return True
-        info = self._remembered(block[0]) if self.cache is not None else None
+        info = self.known.get(block[0]) if self.cache is not None else None
         return (
             self.cache is not None and info is not None and self.cache.has(self._key(block, info))
         )
@@ -263,7 +260,7 @@ class RemoteStorage:
             return data[low:high] if high <= len(data) else None
         if self.cache is None:
             return None
-        info = self._remembered(block[0])
+        info = self.known.get(block[0])
         if info is None or high > info.size - block[1] * self.config.block_bytes:
             return None
         return self.cache.get(self._key(block, info), low, high)
@@ -329,14 +326,7 @@ class RemoteStorage:
         return data
 
     def _key(self, block: Block, info: FileInfo) -> str:
-        return block_key(
-            "block", self._identity(), block[0], info.size, info.version, self.config.block_bytes,
-            block[1],
-        )  # fmt: skip
-
-    def _identity(self) -> str:
-        """What the cache knows this data set by: signatures and passwords change, the data not."""
-        return redact(self.url).rstrip("/")
+        return self.known.block_key(block[0], info, self.config.block_bytes, block[1])
 
     def _title(self, block: Block) -> str:
         begin = block[1] * self.config.block_bytes
@@ -346,25 +336,19 @@ class RemoteStorage:
         """Forget what a file was; its blocks on disk bear its version, those in memory do not."""
         process = self._process()
         with process.lock:
-            for block in [block for block in process.memory if block[0] == name]:
-                del process.memory[block]
+            for block in list(process.memory):
+                if block[0] == name:
+                    process.memory.pop(block, None)
         self.forget(name, 0, 0)
 
     def _ends_early(self, block: Block, high: int) -> StorageError:
         end = block[1] * self.config.block_bytes + high
-        info = self._remembered(block[0])
+        info = self.known.get(block[0])
         has = f"has {info.size:,} bytes" if info else "is shorter"
         return ReplacedFileError(
             f"{self.where(block[0])}: bytes up to {end:,} wanted, but the file {has}; it was "
             "replaced or cut off: build or fetch it and its index again"
         )
-
-    # -- what is known of files
-
-    def _remembered(self, name: str, newer_than_s: float = math.inf) -> FileInfo | None:
-        """What this process knows; nothing is asked or read."""
-        known = self._infos.get(name)
-        return known[0] if known and time.time() - known[1] < newer_than_s else None
 
     def _info(self, name: str, *, fresh: bool = False, deadline: float | None = None) -> FileInfo:
         """Size and version of a file: remembered, from the cache, or from the store."""
@@ -376,41 +360,19 @@ class RemoteStorage:
         # whoever holds it asks for the same file; without it there are two questions, no more
         held = asking.acquire(timeout=max(0.0, deadline - time.monotonic()))
         try:
-            info = self._remembered(name, age)
-            if info is not None:
-                return info
-            known = self._info_of_cache(name)
-            if known is None or not time.time() - known[1] < age:
+            info = self.known.find(name, age)
+            if info is None:
                 asked = time.time()
                 info = self._retrying(
                     lambda timeout_s: process.transport.info(name, timeout_s),
                     f"{self.where(name)}: size",
                     deadline - time.monotonic(),
                 )
-                self._remember(name, info, asked)
-                return info
-            self._infos[name] = known
-            return known[0]
+                self.known.note(name, info, asked)
+            return info
         finally:
             if held:
                 asking.release()
-
-    def _remember(self, name: str, info: FileInfo, asked: float) -> None:
-        self._infos[name] = (info, asked)
-        if self.cache is not None:
-            record = json.dumps([info.size, info.version, asked]).encode()
-            self.cache.put(self._info_key(name), record)
-
-    def _info_of_cache(self, name: str) -> tuple[FileInfo, float] | None:
-        """What another process of this machine was told, and when."""
-        record = self.cache.get(self._info_key(name)) if self.cache is not None else None
-        if record is None:
-            return None
-        size, version, asked = json.loads(record)
-        return FileInfo(size, version), asked
-
-    def _info_key(self, name: str) -> str:
-        return block_key("info", self._identity(), name)
 
     # -- threads and processes
 

@@ -1,6 +1,4 @@
 import importlib.util
-import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -9,55 +7,27 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-from urllib.parse import unquote
 
 import fsspec
-import google_crc32c
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groundwork.data.cache import CacheConfig
-from groundwork.data.samples import Sample
-from groundwork.data.shard_index import MISSING, index_path, read_index
-from groundwork.data.shards import write_shards
-from groundwork.data.storage import LocalStorage, Storage, open_storage
+from groundwork.data.storage import LocalStorage, open_storage
 from groundwork.data.storage_errors import (
     MissingFileError,
-    PermanentError,
     StorageError,
-    TransientError,
-    redact,
 )
-from groundwork.data.storage_names import join_url, split_url
 from groundwork.data.storage_remote import RemoteConfig, RemoteStorage
-from groundwork.data.storage_retry import RetryConfig, with_retries
-
-FORK = multiprocessing.get_context("fork")
-#: Every kind of fault, 5 % each.
-ALL_FAULTS = dict.fromkeys(
-    ("unavailable", "stalls", "resets", "truncated", "wrong_length", "trickles"), 0.05
-)
-BLOCK = 16 * 1024
-SMALL = RemoteConfig(block_bytes=BLOCK, threads=6, memory_bytes=8 * BLOCK)
-#: Patience that suits a server on this machine.
-QUICK = RetryConfig(
-    attempts=12,
-    first_delay_s=0.01,
-    max_delay_s=0.1,
-    connect_timeout_s=2,
-    stall_timeout_s=0.4,
-    attempt_timeout_s=0.8,
-    deadline_s=20,
-)
 
 
 def _load(name: str) -> ModuleType:
+    """A file beside this one, which is not importable by its name."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -65,101 +35,28 @@ def _load(name: str) -> ModuleType:
     return module
 
 
-fault_server = _load("fault_server")
-Faults, FaultServer = fault_server.Faults, fault_server.FaultServer
-
-
-def content(number: int, size: int) -> bytes:
-    return random.Random(number).randbytes(size)
-
-
-FILES = {"a.tar": content(1, 5 * BLOCK + 77), "b.tar": content(2, BLOCK), "empty": b""}
-
-
-def remote(
-    server: Any, cache: Path | None = None, config: RemoteConfig = SMALL, retry: RetryConfig = QUICK
-) -> RemoteStorage:
-    config_of_cache = None if cache is None else CacheConfig(cache, 2**30)
-    return RemoteStorage(server.url, config_of_cache, config, retry)
+reading, fault_server = _load("storage_reading"), _load("fault_server")
+BLOCK = reading.BLOCK
+FILES = reading.FILES
+FORK = reading.FORK
+QUICK = reading.QUICK
+SMALL = reading.SMALL
+blocks_of = reading.blocks_of
+content = reading.content
+files_of = reading.files_of
+in_processes = reading.in_processes
+in_threads = reading.in_threads
+members = reading.members
+read_all = reading.read_all
+remote = reading.remote
+wait_until = reading.wait_until
+Faults = fault_server.Faults
+FaultServer = fault_server.FaultServer
 
 
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 samples in 6 shards, 5 to 40 kB each."""
-    out = tmp_path_factory.mktemp("set") / "set"
-    pairs = (
-        ("train", Sample(f"k{i:03d}", content(i, 5_000 + 600 * i), "png", f"text {i}", {"n": i}))
-        for i in range(60)
-    )
-    write_shards(pairs, out, name="n", source={}, licence="l", max_samples=10)
-    return out
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def members(folder: Path) -> list[tuple[str, int, int, int]]:
-    """(tar, begin, end, crc32c) of every member of every sample."""
-    found = []
-    for tar in sorted(folder.glob("*.tar")):
-        index = read_index(index_path(tar), tar)
-        for offsets, sizes, checksums in zip(
-            index.offsets.tolist(), index.sizes.tolist(), index.checksums.tolist(), strict=True
-        ):
-            for offset, size, checksum in zip(offsets, sizes, checksums, strict=True):
-                if size != MISSING:
-                    found.append((tar.name, offset, offset + size, checksum))
-    return found
-
-
-def read_all(storage: Storage, wanted: list[tuple[str, int, int, int]], seed: int) -> int:
-    """Read all members in random order, some alone, some together; the number that were right."""
-    order = list(wanted)
-    random.Random(seed).shuffle(order)
-    right = 0
-    while order:
-        part = [order.pop() for _ in range(min(len(order), 1 + len(order) % 5))]
-        requests = [(name, begin, end) for name, begin, end, _ in part]
-        storage.prefetch([request[:3] for request in order[-8:]])
-        got = storage.read_many(requests) if len(part) > 1 else [storage.read(*requests[0])]
-        right += sum(google_crc32c.value(data) == p[3] for data, p in zip(got, part, strict=True))
-    return right
-
-
-def blocks_of(wanted: list[tuple[str, int, int, int]]) -> set[tuple[str, int]]:
-    return {
-        (name, number)
-        for name, begin, end, _ in wanted
-        for number in range(begin // BLOCK, (end - 1) // BLOCK + 1)
-    }
-
-
-def in_processes(count: int, target: Callable[..., None], *arguments: Any) -> None:
-    processes = [FORK.Process(target=target, args=(n, *arguments)) for n in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-    assert [process.exitcode for process in processes] == [0] * count
-
-
-def in_threads(count: int, target: Callable[[int], None]) -> None:
-    failures: list[BaseException] = []
-
-    def run(number: int) -> None:
-        try:
-            target(number)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(100)
-    if failures:
-        raise failures[0]
+    return reading.write_data_set(tmp_path_factory.mktemp("set") / "set")
 
 
 # -- local files
@@ -332,281 +229,6 @@ def test_a_range_beyond_the_end_is_an_error_not_a_short_result(beyond: int) -> N
             storage.read("a.tar", size - 20, size + 1)
 
 
-# -- faults
-
-
-@pytest.mark.parametrize("cached", [True, False], ids=["cache", "memory"])
-def test_two_processes_of_two_threads_lose_no_sample_to_faults(
-    cached: bool, data_set: Path, tmp_path: Path
-) -> None:
-    """5 % each of: 503, stalls, resets, truncated bodies, lies about the length, trickles."""
-    wanted = members(data_set)
-    with FaultServer(files_of(data_set), Faults(**ALL_FAULTS, seed=3)) as server:
-        config = replace(SMALL, memory_bytes=80 * BLOCK)
-        storage = remote(server, tmp_path / "cache" if cached else None, config)
-        manifest = json.loads(storage.whole("manifest.json"))
-        assert len(manifest["splits"]["train"]) == 6
-
-        def work(process: int) -> None:
-            def read(thread: int) -> None:
-                assert read_all(storage, wanted, 10 * process + thread) == len(wanted) == 180
-
-            in_threads(2, read)
-
-        start = time.monotonic()
-        in_processes(2, work)
-        assert time.monotonic() - start < 60
-        assert all(server.count()[kind] > 0 for kind in ALL_FAULTS), server.count()
-
-
-def test_a_server_without_ranges_is_read_nevertheless_and_named_once(
-    data_set: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    wanted = members(data_set)[:60]
-    with FaultServer(files_of(data_set), Faults(ranges=False, resets=0.05)) as server:
-        assert read_all(remote(server), wanted, 0) == 60
-    assert caplog.text.count("ignores ranges") == 1
-
-
-@pytest.mark.parametrize("head, etag", [(False, True), (True, False), (False, False)])
-def test_servers_without_head_or_etag_will_do(head: bool, etag: bool, tmp_path: Path) -> None:
-    with FaultServer(FILES, Faults(head=head, etag=etag)) as server:
-        for cache in (None, tmp_path):
-            storage = remote(server, cache)
-            assert {name: storage.whole(name) for name in FILES} == FILES
-
-
-@pytest.mark.parametrize("kind", ["stalls", "trickles", "resets", "truncated", "wrong_length"])
-def test_a_fault_that_does_not_pass_ends_before_the_deadline(kind: str) -> None:
-    patience = replace(QUICK, attempts=50, deadline_s=1.0)
-    with FaultServer(FILES, Faults(**{kind: 1.0})) as server:
-        start = time.monotonic()
-        with pytest.raises(StorageError, match=r"b\.tar: .*failed \d+ times? in .* RetryConfig"):
-            remote(server, retry=patience).read("b.tar", 0, 9_000)
-        assert time.monotonic() - start < 3
-
-
-def test_the_message_names_file_range_attempts_and_cause() -> None:
-    with FaultServer(FILES) as server:
-        storage = remote(server, retry=replace(QUICK, attempts=3))
-        storage.size("a.tar")
-        server.faults = Faults(unavailable=1.0)
-        with pytest.raises(StorageError) as caught:
-            storage.read("a.tar", BLOCK + 5, BLOCK + 9)
-    message = str(caught.value)
-    assert f"{server.url}/a.tar: bytes {BLOCK:,} to {2 * BLOCK:,}: failed 3 times" in message
-    assert "the server answers 503 Service Unavailable; check the network" in message
-    assert len(server.requests) == 4
-
-
-def test_nobody_listening_is_an_error_within_the_deadline() -> None:
-    with FaultServer(FILES) as server:
-        url = server.url
-    start = time.monotonic()
-    with pytest.raises(StorageError, match="refused"):
-        RemoteStorage(url, None, SMALL, replace(QUICK, attempts=4)).read("a.tar", 0, 1)
-    assert time.monotonic() - start < 10
-
-
-@pytest.mark.parametrize("status, missing", [(404, True), (410, True), (403, False), (401, False)])
-def test_what_no_repetition_mends_is_not_repeated(status: int, missing: bool) -> None:
-    with FaultServer(FILES, Faults(status=status)) as server:
-        with pytest.raises(StorageError, match=f"a.tar: .*{status}.*check the") as caught:
-            remote(server).read("a.tar", 0, 1)
-        assert isinstance(caught.value, MissingFileError) is missing
-        assert len(server.requests) <= 2  # HEAD, and GET where HEAD may be forbidden alone
-
-
-@pytest.mark.parametrize("url", ["memory://no-such-folder", "zip://a::memory://no-such-archive"])
-def test_a_missing_file_of_fsspec_is_missing(url: str) -> None:
-    with pytest.raises(MissingFileError):
-        RemoteStorage(url, None, SMALL, QUICK).read("x.tar", 0, 1)
-
-
-def test_an_unknown_protocol_is_named_at_once() -> None:
-    with pytest.raises(StorageError, match="nonsense"):
-        open_storage("nonsense://x").read("a.tar", 0, 1)
-
-
-@pytest.mark.parametrize("size", [3 * BLOCK, 9 * BLOCK])
-def test_a_file_replaced_while_it_is_read_is_noticed_by_its_size(size: int) -> None:
-    with FaultServer(FILES) as server:
-        storage = remote(server)
-        storage.read("a.tar", 0, 9)
-        server.files["a.tar"] = content(3, size)
-        with pytest.raises(StorageError, match="replaced or cut off"):
-            storage.read("a.tar", 4 * BLOCK, 4 * BLOCK + 9)
-
-
-@pytest.mark.parametrize("size", [3 * BLOCK, 9 * BLOCK])
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_file_replaced_since_an_earlier_job_is_asked_for_anew(
-    size: int, cached: bool, tmp_path: Path
-) -> None:
-    with FaultServer(FILES) as server:
-        config = replace(SMALL, revalidate_s=1e-6)
-        storage = remote(server, tmp_path if cached else None, config)
-        storage.read("a.tar", 0, 9)
-        server.files["a.tar"] = content(3, size)
-        if cached:
-            storage = remote(server, tmp_path, config)
-        assert storage.read("a.tar", size - 9, size) == content(3, size)[-9:]
-        assert storage.read("a.tar", 0, 9) == content(3, size)[:9]
-
-
-# -- retries, with a clock that nobody waits for
-
-
-class FakeTime:
-    def __init__(self, per_attempt: float = 0.0) -> None:
-        self.now, self.sleeps, self.per_attempt = 0.0, [], per_attempt
-
-    def run(self, errors: list[Exception], config: RetryConfig, seed: int = 0) -> int:
-        left = list(errors)
-
-        def attempt(timeout_s: float) -> int:
-            assert 0 < timeout_s <= config.attempt_timeout_s
-            self.now += self.per_attempt
-            if left:
-                raise left.pop(0)
-            return len(self.sleeps)
-
-        return with_retries(
-            attempt,
-            "thing",
-            config,
-            generator=random.Random(seed),
-            clock=lambda: self.now,
-            sleep=self.sleep,
-        )
-
-    def sleep(self, seconds: float) -> None:
-        self.sleeps.append(seconds)
-        self.now += seconds
-
-
-@settings(max_examples=50, deadline=None)
-@given(failures=st.integers(0, 9), seed=st.integers(0, 10**6))
-def test_pauses_are_random_below_a_limit_that_doubles(failures: int, seed: int) -> None:
-    config = RetryConfig(attempts=10, first_delay_s=1, max_delay_s=20, deadline_s=1e6)
-    fake = FakeTime()
-    assert fake.run([TransientError("x")] * failures, config, seed) == failures
-    limits = [min(20, 2.0**k) for k in range(failures)]
-    assert all(0 <= pause <= limit for pause, limit in zip(fake.sleeps, limits, strict=True))
-
-
-def test_full_jitter_spreads_over_the_whole_interval() -> None:
-    config = RetryConfig(first_delay_s=1, deadline_s=1e6)
-    firsts = []
-    for seed in range(200):
-        fake = FakeTime()
-        fake.run([TransientError("x")], config, seed)
-        firsts.append(fake.sleeps[0])
-    assert min(firsts) < 0.05
-    assert max(firsts) > 0.95
-    assert 0.4 < sum(firsts) / 200 < 0.6
-
-
-def test_the_deadline_ends_it_whatever_the_attempts() -> None:
-    config = RetryConfig(attempts=10**6, deadline_s=30, attempt_timeout_s=4)
-    fake = FakeTime(per_attempt=4)
-    with pytest.raises(StorageError, match="thing: failed"):
-        fake.run([TransientError("x")] * 10**4, config)
-    assert 25 < fake.now <= 34
-
-
-def test_retry_after_is_obeyed_or_given_up_at_once() -> None:
-    config = RetryConfig(deadline_s=100)
-    fake = FakeTime()
-    fake.run([TransientError("busy", 40.0)], config)
-    assert fake.sleeps == [40.0]
-    fake = FakeTime()
-    with pytest.raises(StorageError, match="asks for 400 s"):
-        fake.run([TransientError("busy", 400.0)], config)
-    assert fake.sleeps == []
-
-
-def test_permanent_errors_are_not_retried() -> None:
-    fake = FakeTime()
-    with pytest.raises(MissingFileError, match="thing: gone; look elsewhere"):
-        fake.run([PermanentError("gone", "look elsewhere", MissingFileError)], RetryConfig())
-    assert fake.sleeps == []
-
-
-@pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_of_a_server_is_understood(form: str) -> None:
-    value = (
-        "1"
-        if form == "seconds"
-        else time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
-    )
-    faults = Faults(unavailable=1.0, retry_after=value, only_first=1)
-    with FaultServer(FILES, faults) as server:
-        start = time.monotonic()
-        assert remote(server).size("a.tar") == len(FILES["a.tar"])
-        assert 0.9 < time.monotonic() - start < 10
-
-
-@pytest.mark.parametrize("field", [{"attempts": 0}, {"deadline_s": 0}, {"stall_timeout_s": -1}])
-def test_impossible_patience_is_refused(field: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(field))):
-        RetryConfig(**field)
-
-
-# -- secrets
-
-
-SECRETS = ("s3cr3t", "SIGNATURE", "TOKEN")
-
-
-@pytest.mark.parametrize(
-    "faults",
-    [Faults(status=403), Faults(status=404), Faults(resets=1.0), Faults(ranges=False), Faults()],
-    ids=["403", "404", "resets", "no-ranges", "closed"],
-)
-def test_no_message_holds_a_credential(faults: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with FaultServer(FILES, faults) as server:
-        url = server.url.replace("://", "://user:s3cr3t@") + "?X-Sig=SIGNATURE&t=TOKEN"
-        if faults == Faults():
-            server.__exit__(None, None, None)
-        config = replace(SMALL, options={"headers": {"X-Token": "TOKEN"}})
-        storage = RemoteStorage(url, None, config, replace(QUICK, attempts=2))
-        messages = [storage.where("a.tar")]
-        for action in (
-            lambda: storage.read("a.tar", BLOCK, BLOCK + 5),
-            lambda: storage.names(),
-            lambda: storage.whole("none.tar"),
-        ):
-            try:
-                action()
-            except StorageError as error:
-                messages += [str(error), repr(error.__cause__), repr(error.__suppress_context__)]
-    assert len(messages) > 3
-    assert not any(secret in text for text in [*messages, caplog.text] for secret in SECRETS)
-
-
-def test_a_signature_goes_with_every_request_and_not_into_the_cache_key(tmp_path: Path) -> None:
-    with FaultServer(FILES) as server:
-        for signature in ("sig=one", "sig=two"):
-            config = CacheConfig(tmp_path)
-            storage = RemoteStorage(f"{server.url}?{signature}", config, SMALL, QUICK)
-            assert storage.names() == ["a.tar", "b.tar"]
-            assert storage.read("a.tar", 5, 9) == FILES["a.tar"][5:9]
-        queries = [(r.query, r.name) for r in server.requests]
-    assert queries == [("sig=one", ""), ("sig=one", "a.tar"), ("sig=one", "a.tar"), ("sig=two", "")]
-
-
-def test_urls_are_taken_apart_and_put_together() -> None:
-    assert join_url("https://h/a/?k=v", "b c#.tar") == "https://h/a/b%20c%23.tar?k=v"
-    assert join_url("s3://bucket/a/", "b?.tar") == "s3://bucket/a/b?.tar"
-    assert split_url("s3://b/x/y-{00..09}.tar") == ("s3://b/x", "y-{00..09}.tar")
-    assert split_url("https://h/x/*.tar?k=/v") == ("https://h/x?k=/v", "*.tar")
-    assert (
-        redact("get https://u:p@h/a?x=1 and http://h/b?y='2'")
-        == "get https://h/a and http://h/b'2'"
-    )
-
-
 # -- what is kept
 
 
@@ -726,13 +348,6 @@ def test_a_cache_smaller_than_two_blocks_is_refused(tmp_path: Path) -> None:
 # -- in the background, and in other processes
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("cached", [True, False])
 def test_what_was_prefetched_is_not_fetched_again(cached: bool, tmp_path: Path) -> None:
     with FaultServer(FILES) as server:
@@ -815,123 +430,3 @@ def test_a_file_system_without_time_limits_is_given_up(monkeypatch: pytest.Monke
             storage.read("a.tar", 0, 1)
     finally:
         hang.set()
-
-
-# -- the Hugging Face Hub, as this machine's server plays it
-
-
-def test_a_data_set_on_the_hub_is_read_through_its_listing(data_set: Path, tmp_path: Path) -> None:
-    served: dict[str, bytes] = {}
-    tree = [{"type": "directory", "path": "v1/sub", "oid": "d", "size": 0}]
-    for number, (name, data) in enumerate(files_of(data_set).items()):
-        served[f"datasets/own/na.me/resolve/r%2F1/v1/{name}"] = data
-        entry = {"type": "file", "path": f"v1/{name}", "size": len(data), "oid": f"b{number}"}
-        tree.append(entry | ({"lfs": {"oid": f"sha{number}"}} if number % 2 else {}))
-    served["api/datasets/own/na.me/tree/r%2F1/v1"] = json.dumps(tree).encode()
-    served = {unquote(name): data for name, data in served.items()}
-    wanted = members(data_set)
-    with FaultServer(served, Faults(**ALL_FAULTS | {"wrong_length": 0.0}, seed=1)) as server:
-        config = replace(SMALL, options={"endpoint": server.url, "token": "TOKEN"})
-        url = "hf://datasets/own/na.me@r%2F1/v1"
-        storage = RemoteStorage(url, CacheConfig(tmp_path), config, QUICK)
-        assert storage.names() == sorted(path.name for path in data_set.glob("*.tar"))
-        assert storage.whole("manifest.json") == (data_set / "manifest.json").read_bytes()
-        assert read_all(storage, wanted, 0) == len(wanted)
-        with pytest.raises(MissingFileError, match="lists no such file"):
-            storage.size("none.tar")
-        first = len(server.requests)
-        again = RemoteStorage(url, CacheConfig(tmp_path), config, QUICK)
-        assert read_all(again, wanted, 1) == len(wanted)
-        assert len(server.requests) == first
-        assert {r.authorization for r in server.requests} == {"Bearer TOKEN"}
-
-
-@pytest.mark.parametrize("url", ["hf://datasets/nobody", "hf://datasets/"])
-def test_what_is_no_url_of_the_hub_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="expected hf://datasets/OWNER/NAME"):
-        open_storage(url).size("a.tar")
-
-
-# -- S3, served by moto on this machine
-
-
-@pytest.fixture(scope="module")
-def s3(data_set: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A server with the data set in bucket `corpus`, and the options that reach it."""
-    pytest.importorskip("s3fs", reason="the test extra installs s3fs")
-    server_of_moto = pytest.importorskip("moto.server", reason="the test extra installs moto")
-    server = server_of_moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = {
-        "endpoint_url": f"http://{host}:{port}",
-        "key": "key-id",
-        "secret": "s3cr3t",
-        "client_kwargs": {"region_name": "eu-west-1"},
-    }
-    files = fsspec.filesystem("s3", **options)
-    files.mkdir("corpus")
-    for name, data in files_of(data_set).items():
-        files.pipe(f"corpus/v1/{name}", data)
-    files.pipe("corpus/v1/sub/deep.tar", b"deep")
-    try:
-        yield server, options
-    finally:
-        server.stop()
-
-
-def on_s3(
-    options: dict[str, Any], cache: Path | None = None, url: str = "s3://corpus/v1"
-) -> Storage:
-    config_of_cache = None if cache is None else CacheConfig(cache, 2**30)
-    return open_storage(url, config_of_cache, remote=replace(SMALL, options=options), retry=QUICK)
-
-
-def test_a_data_set_on_s3_is_read_whole_by_processes(
-    s3: tuple[Any, dict[str, Any]], data_set: Path, tmp_path: Path
-) -> None:
-    wanted, options = members(data_set), s3[1]
-    storage = on_s3(options, tmp_path)
-    assert storage.names() == sorted(path.name for path in data_set.glob("*.tar"))
-    for name, data in files_of(data_set).items():
-        assert storage.size(name) == len(data)
-    assert storage.whole("manifest.json") == (data_set / "manifest.json").read_bytes()
-    assert storage.read("sub/deep.tar", 1, 3) == b"ee"
-
-    def work(seed: int) -> None:
-        assert read_all(storage, wanted, seed) == len(wanted)
-
-    in_processes(2, work)
-    in_threads(2, work)
-
-
-def test_what_is_wrong_on_s3_is_said_at_once_and_without_secrets(
-    s3: tuple[Any, dict[str, Any]],
-) -> None:
-    start = time.monotonic()
-    messages = []
-    for storage, name in (
-        (on_s3(s3[1]), "none.tar"),
-        (on_s3(s3[1]), "sub"),
-        (on_s3(s3[1], url="s3://no-such-bucket/v1"), "a.tar"),
-    ):
-        with pytest.raises(MissingFileError, match="check the URL") as caught:
-            storage.read(name, 0, 5)
-        messages.append(str(caught.value))
-    with pytest.raises(StorageError, match=r"the file has \d+ bytes"):
-        on_s3(s3[1]).read("manifest.json", 10**6, 10**6 + 5)
-    assert "s3cr3t" not in " ".join(messages)
-    assert time.monotonic() - start < 10
-
-
-def test_a_cached_data_set_is_read_without_its_s3(
-    s3: tuple[Any, dict[str, Any]], data_set: Path, tmp_path: Path
-) -> None:
-    wanted = members(data_set)
-    assert read_all(on_s3(s3[1], tmp_path), wanted, 0) == len(wanted)
-    nowhere = {**s3[1], "endpoint_url": "http://127.0.0.1:9"}
-    assert read_all(on_s3(nowhere, tmp_path), wanted, 1) == len(wanted)
-    start = time.monotonic()
-    with pytest.raises(StorageError, match="failed 12 times"):
-        on_s3(nowhere).read("train-000000.tar", 0, 9)
-    assert time.monotonic() - start < 20
