@@ -69,9 +69,11 @@ class Split:
         return shard.rpartition("/")[2], key
 
     def diagnosis(self, number: int) -> str | None:
-        """What is wrong with a sample, or None. The image is decoded."""
+        """What is wrong with a sample, or None. The image is decoded as a whole."""
         try:
             check_sample(self.read(number), 0)
+            if self.check is not check_sample:
+                self.check(self.read(number), 0)
         except SampleError as error:
             return str(error)
         return None

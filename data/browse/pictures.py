@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from groundwork.data.decode import MAX_PIXELS, decode_opened, open_image
 from groundwork.data.samples import Sample, SampleError
-from groundwork.data.transforms import MAX_PIXELS, decode_image
 
 #: Side of a thumbnail in pixels, at most. Pictures of fewer bytes are sent as they are stored.
 THUMBNAIL: Final = 320
@@ -62,8 +62,12 @@ def thumbnail(sample: Sample) -> tuple[bytes, str]:
     """
     if len(sample.image) <= SMALL_BYTES and _fits(sample.image, 4 * THUMBNAIL):
         return sample.image, media_type(sample.image_format)
-    with _decoding:
-        image = decode_image(sample.image)
+    with _decoding, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in decode_image: what matters ends in an error
+        opened = open_image(sample.image)
+        # a JPEG gives fewer pixels in the first place, by its inverse DCT
+        opened.draft("RGB", (THUMBNAIL, THUMBNAIL))
+        image = decode_opened(opened)
         image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR, reducing_gap=2.0)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from groundwork.data.decode import decode_image
 from groundwork.data.order import GlobalOrder, replacement
 from groundwork.data.samples import Sample, SampleError, class_label
 from groundwork.data.stream import MAX_ATTEMPTS
-from groundwork.data.transforms import decode_image
 
 #: (sample, position) -> anything. Raises SampleError where training could not use the sample there.
 Check = Callable[[Sample, int], object]

@@ -47,11 +47,15 @@ class Browsing:
         raise AssertionError(self.printed)
 
     def get(self, path: str) -> Any:
+        [record] = self.lines(path)
+        return record
+
+    def lines(self, path: str) -> list[Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("GET", path)
-        answer = json.loads(connection.getresponse().read())
+        answer = connection.getresponse().read()
         connection.close()
-        return answer
+        return [json.loads(line) for line in answer.splitlines()]
 
     def end(self, number: int) -> tuple[int, str]:
         """The exit status after a signal, and all that was printed."""
@@ -111,6 +115,10 @@ def test_a_step_of_a_run_shows_what_its_own_decoder_let_through(
     start = (step - 1) * batch
     path = f"/api/list?split=train&order=training&start={start}&count={batch}"
     shown = server.get(path)["entries"]
+    bad = server.lines("/api/scan?split=train&bad=1")
+    assert [line["match"]["key"] for line in bad if "match" in line] == [
+        f"k{n}" for n in range(0, 50, 4)
+    ]
     server.end(signal.SIGTERM)
 
     stream = open_stream(recipe.data, *open_training_data(recipe.data), seed=11)
