@@ -2,36 +2,32 @@
 
 import hashlib
 import json
-import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import google_crc32c
-import numpy as np
 from webdataset.shardlists import expand_urls
 
+from groundwork.data.cache import CacheConfig
 from groundwork.data.samples import Concept, Sample, SampleError, sample_from_fields
-from groundwork.data.shard_index import (
-    MISSING,
-    OutdatedIndexError,
-    ShardError,
-    ShardIndex,
-    index_path,
-    read_index,
-    scan_tar,
-    write_index,
+from groundwork.data.sample_reader import RawSample, ReadPlan, read_samples
+from groundwork.data.shard_index import ShardError
+from groundwork.data.shard_table import ShardEntry, ShardTable, load_header
+from groundwork.data.shards import (
+    CONCEPTS,
+    MANIFEST,
+    Manifest,
+    parse_concepts,
+    parse_manifest,
+    read_concepts,
+    read_manifest,
 )
-from groundwork.data.shards import MANIFEST, file_checksum, read_concepts, read_manifest
+from groundwork.data.storage import LocalStorage, Storage, is_remote, open_storage
+from groundwork.data.storage_errors import MissingFileError
+from groundwork.data.storage_names import split_url
 
-log = logging.getLogger(__name__)
-
-#: Tars a process keeps open. A shuffled stream visits all of them; the limit on open files is often
-#: 1,024, and opening a tar costs microseconds.
-MAX_OPEN_TARS = 128
 #: What foreign tars may have in their keys and `Sample` may not.
 UNFIT_FOR_KEYS = re.compile(r"[./\\\s]")
 
@@ -39,132 +35,178 @@ UNFIT_FOR_KEYS = re.compile(r"[./\\\s]")
 class Dataset:
     """The samples of one split, numbered 0..len-1 in shard order.
 
-    Tars are opened on first use in each process; the object itself can be pickled and forked.
-    Plain reads rather than memory maps, because a map of a tar that shrinks under it, or whose disk
-    fails, kills the process instead of raising.
+    Nothing but the list of shards is read before the first sample is asked for; the object can be
+    pickled and forked.
     digest: identifies the content, for checkpoints.
     """
 
     def __init__(
         self,
-        tars: Sequence[Path],
-        indices: Sequence[ShardIndex],
+        storage: Storage,
+        entries: Sequence[ShardEntry],
         digest: str,
         concepts: Sequence[Concept] = (),
     ) -> None:
-        self.tars = list(tars)
-        self.indices = list(indices)
+        self.storage = storage
+        self.table = ShardTable(storage, entries)
         self.digest = digest
         self.concepts = list(concepts)
-        self.ends = np.cumsum([len(index) for index in indices], dtype=np.int64)
-        self._open_tars: dict[int, BinaryIO] = {}
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open_tars": {}}
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """(shard number, sample number inside the shard)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of a data set of {len(self)}")
-        shard = int(np.searchsorted(self.ends, index, side="right"))
-        return shard, index - (int(self.ends[shard - 1]) if shard else 0)
+        return len(self.table)
 
     @property
     def shard_sizes(self) -> list[int]:
         """Samples of each shard, in the order in which samples are numbered."""
-        return [len(index) for index in self.indices]
+        return [entry.samples for entry in self.table.entries]
 
-    def read_many(self, indices: Sequence[int]) -> list[Sample | SampleError]:
-        """Read samples; a bad one is returned as the error that says why."""
-        samples: list[Sample | SampleError] = []
-        for index in indices:
-            try:
-                samples.append(self.read(index))
-            except SampleError as error:
-                samples.append(error)
-        return samples
+    def locate(self, index: int) -> tuple[int, int]:
+        """(shard number, sample number inside the shard)."""
+        return self.table.locate(index)
 
     def where(self, index: int) -> tuple[str, str]:
-        """(shard file, key) of a sample, for messages."""
+        """(shard file, key) of a sample, for messages. The key is empty where the index is bad."""
         shard, row = self.locate(index)
-        return str(self.tars[shard]), self.indices[shard].key(row)
+        file = self.storage.where(self.table.entries[shard].file)
+        try:
+            return file, self.table.index(shard).key(row)
+        except (ShardError, OSError):
+            return file, ""
 
     def read(self, index: int) -> Sample:
         """Read one sample and verify the checksums. Raises SampleError if it is not as written."""
-        shard, row = self.locate(index)
-        table = self.indices[shard]
-        offsets, sizes = table.offsets[row], table.sizes[row]
-        present = np.flatnonzero(sizes != MISSING)
-        begin = int(offsets[present].min())
-        data = self._bytes(shard, begin, int((offsets + sizes)[present].max()))
-        fields = {}
-        for column in present:
-            start, field = int(offsets[column]) - begin, table.fields[column]
-            content = data[start : start + int(sizes[column])]
-            if google_crc32c.value(content) != table.checksums[row, column]:
-                raise SampleError(
-                    f"member {field!r} fails its checksum: the tar was damaged, or replaced after "
-                    "it was indexed"
-                )
-            fields[field] = content
-        try:
-            return sample_from_fields(UNFIT_FOR_KEYS.sub("_", table.key(row)), fields)
-        except RecursionError as error:
-            raise SampleError("member 'json' is nested too deeply") from error
+        sample = self.read_many([index])[0]
+        if isinstance(sample, SampleError):
+            raise sample
+        return sample
 
-    def _bytes(self, shard: int, begin: int, end: int) -> bytes:
-        try:
-            return os.pread(self._tar(shard).fileno(), end - begin, begin)
-        except OSError as error:
-            raise SampleError(f"cannot be read: {error}") from error
+    def read_many(
+        self, indices: Sequence[int], fields: Iterable[str] | None = None
+    ) -> list[Sample | SampleError]:
+        """Read samples; a bad one is returned as the error that says why."""
+        return [
+            raw if isinstance(raw, SampleError) else _sample(*raw)
+            for raw in self.read_fields(indices, fields)
+        ]
 
-    def _tar(self, shard: int) -> BinaryIO:
-        tar = self._open_tars.pop(shard, None) or self.tars[shard].open("rb", buffering=0)
-        self._open_tars[shard] = tar  # the last one of the dictionary is the one used last
-        if len(self._open_tars) > MAX_OPEN_TARS:
-            self._open_tars.pop(next(iter(self._open_tars))).close()
-        return tar
+    def read_fields(
+        self, indices: Sequence[int], fields: Iterable[str] | None = None
+    ) -> list[RawSample]:
+        """Key and verified members of each sample, undecoded.
+
+        fields: the extensions wanted; the others are neither read nor verified. None: all of them.
+        A sample that cannot be read, or whose checksums fail twice, is returned as its error.
+        """
+        wanted = None if fields is None else frozenset(fields)
+        plans: list[ReadPlan] = []
+        errors: dict[int, SampleError] = {}
+        for number, index in enumerate(indices):
+            shard, row = self.locate(index)
+            try:
+                table = self.table.index(shard)
+            except (ShardError, OSError) as error:
+                errors[number] = SampleError(f"its index cannot be used: {error}")
+            else:
+                plans.append(ReadPlan(self.table.entries[shard].file, table, row, wanted))
+        read = iter(read_samples(self.storage, plans))
+        return [errors[n] if n in errors else next(read) for n in range(len(indices))]
 
 
-def open_dataset(shards: str, split: str = "train") -> Dataset:
+def _sample(key: str, fields: dict[str, bytes]) -> Sample | SampleError:
+    try:
+        return sample_from_fields(UNFIT_FOR_KEYS.sub("_", key), fields)
+    except SampleError as error:
+        return error
+    except RecursionError:
+        return SampleError("member 'json' is nested too deeply")
+
+
+#: Up to so many shards, all side-cars are checked when a data set is opened. Of more, each is
+#: checked when it is first used: opening is not to read what lies before the first sample.
+CHECKED_AT_OPENING = 64
+REMEDY = (
+    "Build shards with `groundwork shards build SOURCE --out DIR`, or set data.shards in the recipe "
+    "to a folder, pattern or URL of WebDataset tars"
+)
+
+
+def open_dataset(shards: str, split: str = "train", *, cache: CacheConfig | None = None) -> Dataset:
     """Open a data set.
 
-    shards: a folder with a manifest; or a folder, a glob (`*`) or a brace pattern
-        (`x-{000..127}.tar`) of plain tars, in which case `split` is not used.
-    Tars without a side-car are scanned once and the side-car is written beside them.
+    shards: a folder or URL with a manifest; or a folder, a glob (`*`) or a brace pattern
+        (`x-{000..127}.tar`) of plain tars, local or remote, in which case `split` is not used.
+    cache: where blocks of remote files are kept; None: in memory, for this process only.
+    Local tars without a side-car are scanned once and the side-car is written beside them.
     """
+    if is_remote(shards):
+        storage = open_storage(shards, cache)
+        try:
+            record = storage.whole(MANIFEST)
+        except MissingFileError:
+            return _open_remote_tars(shards, cache)
+        manifest = parse_manifest(record, storage.where(MANIFEST))
+        try:
+            concepts = parse_concepts(storage.whole(CONCEPTS), storage.where(CONCEPTS))
+        except MissingFileError:
+            concepts = []
+        return _open_split(storage, manifest, split, concepts)
     directory = Path(shards)
     if (directory / MANIFEST).is_file():
-        manifest = read_manifest(directory)
-        if split not in manifest.splits:
-            raise ShardError(
-                f"{directory}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}"
-            )
-        tars = [directory / shard.file for shard in manifest.splits[split]]
-        indices = []
-        for tar, shard in zip(tars, manifest.splits[split], strict=True):
-            index = _index(tar, shard.crc32c)
-            if len(index) != shard.samples:
-                raise ShardError(
-                    f"{directory / shard.file}: its index has {len(index)} samples, the manifest "
-                    f"says {shard.samples}; fetch the shard and its index again"
-                )
-            indices.append(index)
-        if not manifest.samples(split):
-            raise ShardError(f"{directory}: split {split!r} holds no sample; build it again")
-        return Dataset(tars, indices, f"{manifest.digest()}/{split}", read_concepts(directory))
-    tars = _plain_tars(shards)
-    indices = [_index(tar) for tar in tars]
-    if not sum(map(len, indices)):
-        raise ShardError(f"{shards}: the tars hold no sample")
-    content = [(tar.name, index.digest()) for tar, index in zip(tars, indices, strict=True)]
-    return Dataset(tars, indices, hashlib.sha256(json.dumps(content).encode()).hexdigest())
+        manifest, concepts = read_manifest(directory), read_concepts(directory)
+        return _open_split(LocalStorage(directory), manifest, split, concepts)
+    tars = _local_tars(shards)
+    # one folder as a rule; tars of several lie below the one they share
+    folder = Path(os.path.commonpath([tar.parent for tar in tars]))
+    files = [tar.relative_to(folder).as_posix() for tar in tars]
+    return _open_tars(LocalStorage(folder), files, shards)
 
 
-def _plain_tars(shards: str) -> list[Path]:
+def _open_split(
+    storage: Storage, manifest: Manifest, split: str, concepts: Sequence[Concept]
+) -> Dataset:
+    if split not in manifest.splits:
+        known = ", ".join(sorted(manifest.splits))
+        raise ShardError(f"{storage.where('')}: no split {split!r}; it has {known}")
+    entries = [
+        ShardEntry(shard.file, shard.samples, shard.crc32c) for shard in manifest.splits[split]
+    ]
+    dataset = Dataset(storage, entries, f"{manifest.digest()}/{split}", concepts)
+    if not len(dataset):
+        raise ShardError(f"{storage.where('')}: split {split!r} holds no sample; build it again")
+    if len(entries) <= CHECKED_AT_OPENING:
+        for shard in range(len(entries)):
+            dataset.table.index(shard)
+    return dataset
+
+
+def _open_remote_tars(url: str, cache: CacheConfig | None) -> Dataset:
+    storage = open_storage(url, cache)
+    if "{" in url or has_magic(url) or url.endswith(".tar"):
+        folder, pattern = split_url(url)
+        storage = open_storage(folder, cache)
+        files = expand_urls(pattern) if "{" in pattern else [pattern]
+        files = [
+            name for file in files for name in (storage.names(file) if has_magic(file) else [file])
+        ]
+    else:
+        files = storage.names("*.tar")
+    if not files:
+        raise ShardError(f"{storage.where('')}: no data set and no tar here. {REMEDY}")
+    return _open_tars(storage, files, storage.where(""))
+
+
+def _open_tars(storage: Storage, files: Sequence[str], where: str) -> Dataset:
+    headers = [load_header(storage, file) for file in files]
+    entries = [
+        ShardEntry(file, header.samples) for file, header in zip(files, headers, strict=True)
+    ]
+    if not sum(entry.samples for entry in entries):
+        raise ShardError(f"{where}: the tars hold no sample")
+    content = [[Path(f).name, header.digest] for f, header in zip(files, headers, strict=True)]
+    return Dataset(storage, entries, hashlib.sha256(json.dumps(content).encode()).hexdigest())
+
+
+def _local_tars(shards: str) -> list[Path]:
     if Path(shards).is_dir():
         tars = sorted(Path(shards).glob("*.tar"))
     elif Path(shards).is_file():
@@ -180,29 +222,5 @@ def _plain_tars(shards: str) -> list[Path]:
     missing = [str(tar) for tar in tars if not tar.is_file()]
     if not tars or missing:
         what = f"missing: {', '.join(missing[:5])}" if missing else "no data set and no tar here"
-        raise ShardError(
-            f"{shards}: {what}. Build shards with `groundwork shards build SOURCE --out DIR`, or "
-            "set data.shards in the recipe to a folder or pattern of WebDataset tars"
-        )
+        raise ShardError(f"{shards}: {what}. {REMEDY}")
     return tars
-
-
-def _index(tar: Path, crc32c: int | None = None) -> ShardIndex:
-    """The side-car, or a new one made from the tar. crc32c: what the tar is known to have."""
-    side_car = index_path(tar)
-    if side_car.is_file():
-        try:
-            return read_index(side_car, tar)
-        except OutdatedIndexError as error:
-            log.info("%s", error)
-    # the new index takes the bytes of the tar for right, so they have to be
-    if crc32c is not None and file_checksum(tar) != crc32c:
-        raise ShardError(
-            f"{tar}: does not have the checksum that the manifest says; fetch this shard again"
-        )
-    index = scan_tar(tar)
-    try:
-        write_index(index, side_car)
-    except OSError as error:
-        log.warning("%s: not written (%s), so the tar is scanned at every start", side_car, error)
-    return index

@@ -335,16 +335,22 @@ def read_concepts(directory: Path) -> list[Concept]:
     """The classes of a data set, in label order."""
     path = directory / CONCEPTS
     try:
-        records = json.loads(path.read_text("utf-8"))
+        return parse_concepts(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        return []
+
+
+def parse_concepts(data: bytes, where: str) -> list[Concept]:
+    """The classes from the bytes of `concepts.json`. where: its name for messages."""
+    try:
+        records = json.loads(data)
         concepts = [Concept(**{**r, "aliases": tuple(r["aliases"])}) for r in records]
         for concept in concepts:
             if type(concept.label) is not int or not isinstance(concept.name, str):
                 raise ValueError(f"concept {concept}")
-    except FileNotFoundError:
-        return []
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(
-            f"{path}: not a list of concepts ({error}); build the data set again"
+            f"{where}: not a list of concepts ({error}); build the data set again"
         ) from error
     return sorted(concepts, key=lambda concept: concept.label)
 

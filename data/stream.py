@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -196,7 +197,7 @@ class Stream(TorchDataset[Any], Generic[T]):
             collate_fn=_Collate(collate),  # type: ignore[arg-type]
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
-            worker_init_fn=_leave_signals_to_the_rank,
+            worker_init_fn=partial(_leave_signals_to_the_rank, os.getpid()),
             pin_memory=pin_memory,
             # its own generator: starting an iterator draws a number; a resumed run, which starts
             # one more, must not thereby shift torch's global sequence
@@ -232,16 +233,23 @@ class _Collate(Generic[T, BatchT]):
         return StreamBatch(self.collate(examples), faults)
 
 
-def _leave_signals_to_the_rank(_worker: int) -> None:
+def _leave_signals_to_the_rank(rank_process: int, _worker: int) -> None:
     # Ctrl-C and the scheduler's SIGTERM reach the whole process group; the rank finishes its step
     # and needs its workers until then. Its own SIGTERM still ends them: a rank that leaves with an
     # error sends it at exit and then waits for them, without end if they ignored it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_the_rank_says, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_the_rank, args=(rank_process,), daemon=True).start()
 
 
-def _end_when_the_rank_says(rank_process: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank_process:
-        pass
+def _end_with_the_rank(rank_process: int) -> None:
+    """End when the rank says so, or is no more.
+
+    DataLoader's own watch takes for the rank whoever is the parent when the watch begins, so a
+    worker whose rank was killed before that would stay for ever.
+    """
+    while os.getppid() == rank_process:
+        told = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if told is not None and told.si_pid == rank_process:
+            break
     os._exit(0)

@@ -1,0 +1,182 @@
+"""The shards of an opened split, and their indices, each opened when it is first needed."""
+
+import io
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, cast
+
+import numpy as np
+
+from groundwork.data.shard_index import (
+    HEADER_BYTES,
+    IndexHeader,
+    OutdatedIndexError,
+    ShardError,
+    ShardIndex,
+    header_bytes,
+    index_bytes,
+    index_path,
+    map_index,
+    parse_index,
+    parse_index_header,
+    scan_file,
+    scan_tar,
+    write_index,
+)
+from groundwork.data.shards import file_checksum
+from groundwork.data.storage import LocalStorage, Storage
+from groundwork.data.storage_errors import MissingFileError
+
+log = logging.getLogger(__name__)
+
+#: Indices a process keeps. Those of local files are maps, whose pages all processes share; of
+#: remote ones, one of 10,000 samples takes about a megabyte.
+KEPT_INDICES: Final = 4096
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar of a split. samples: as its index says. crc32c: of the whole tar, where known."""
+
+    file: str
+    samples: int
+    crc32c: int | None = None
+
+
+class ShardTable:
+    """Which sample lies in which shard, and where in it. Can be pickled and forked."""
+
+    def __init__(self, storage: Storage, entries: Sequence[ShardEntry]) -> None:
+        self.storage = storage
+        self.entries = list(entries)
+        self.ends = np.cumsum([entry.samples for entry in entries], dtype=np.int64)
+        self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_indices": OrderedDict()}
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(shard number, sample number inside the shard)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a data set of {len(self)}")
+        shard = int(self.ends.searchsorted(index, side="right"))
+        return shard, index - int(self.ends[shard - 1] if shard else 0)
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard. Raises ShardError where it does not fit what is known of it."""
+        kept = self._indices.get(shard)
+        if kept is not None:
+            self._indices.move_to_end(shard)
+            return kept
+        entry = self.entries[shard]
+        index = load_index(self.storage, entry.file, entry.crc32c)
+        if len(index) != entry.samples:
+            raise ShardError(
+                f"{self.storage.where(entry.file)}: its index has {len(index)} samples, "
+                f"{entry.samples} were expected; fetch the shard and its index again"
+            )
+        self._indices[shard] = index
+        if len(self._indices) > KEPT_INDICES:
+            self._indices.popitem(last=False)
+        return index
+
+
+def side_car(file: str) -> str:
+    """`x.tar` -> `x.idx`."""
+    return str(index_path(Path(file)))
+
+
+def load_index(storage: Storage, file: str, crc32c: int | None = None) -> ShardIndex:
+    """The index of a tar: from its side-car, or made from the tar and kept where that is possible.
+
+    crc32c: of the tar, where known; an index is not made from one that has another.
+    """
+    try:
+        if isinstance(storage, LocalStorage):
+            return map_index(storage.folder / side_car(file), storage.size(file))
+        data = storage.whole(side_car(file))
+        return parse_index(data, storage.where(side_car(file)), storage.size(file))
+    except MissingFileError:
+        storage.size(file)  # says so where it is the tar that is missing
+    except FileNotFoundError:
+        pass
+    except OutdatedIndexError as error:
+        log.info("%s", error)
+    return _make_index(storage, file, crc32c)
+
+
+def load_header(storage: Storage, file: str) -> IndexHeader:
+    """What the index of a tar says of itself, without its arrays where a side-car is there."""
+    name = side_car(file)
+    where = storage.where(name)
+    try:
+        size = storage.size(name)
+        data = storage.read(name, 0, min(size, HEADER_BYTES))
+        if (needed := header_bytes(data, where)) > len(data):
+            data = storage.read(name, 0, min(size, needed))
+        header = parse_index_header(data, where, size)
+    except (MissingFileError, OutdatedIndexError):
+        data = index_bytes(load_index(storage, file))
+        return parse_index_header(data, where, len(data))
+    if header.digest:
+        return header
+    data = index_bytes(load_index(storage, file))  # of a version that states no digest
+    return parse_index_header(data, where, len(data))
+
+
+def _make_index(storage: Storage, file: str, crc32c: int | None) -> ShardIndex:
+    if isinstance(storage, LocalStorage):
+        tar = storage.folder / file
+        # the new index takes the bytes of the tar for right, so they have to be
+        if crc32c is not None and file_checksum(tar) != crc32c:
+            raise ShardError(
+                f"{tar}: does not have the checksum that the manifest says; fetch this shard again"
+            )
+        index = scan_tar(tar)
+        try:
+            write_index(index, index_path(tar))
+        except OSError as error:
+            log.warning(
+                "%s: not written (%s), so the tar is scanned at every start",
+                *(index_path(tar), error),
+            )
+        return index
+    log.warning(
+        "%s has no side-car, so all of it is read now; `groundwork shards index` on a copy of the "
+        "data set makes one to put beside it",
+        storage.where(file),
+    )
+    raw = cast(BinaryIO, io.BufferedReader(_StoredFile(storage, file), 4 * 1024**2))
+    return scan_file(raw, storage.size(file), storage.where(file))
+
+
+class _StoredFile(io.RawIOBase):
+    """A stored file as a seekable stream."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.storage, self.name = storage, name
+        self.position, self.bytes = 0, storage.size(name)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.bytes}[whence]
+        self.position = base + offset
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self.bytes, self.position + len(buffer))
+        data = self.storage.read(self.name, self.position, max(self.position, end))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
