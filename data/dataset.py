@@ -11,8 +11,8 @@ from pathlib import Path
 from webdataset.shardlists import expand_urls
 
 from groundwork.data.cache import CacheConfig
-from groundwork.data.samples import Concept, Sample, SampleError, sample_from_fields
 from groundwork.data.sample_reader import RawSample, ReadPlan, read_samples
+from groundwork.data.samples import Concept, Sample, SampleError, sample_from_fields
 from groundwork.data.shard_index import ShardError
 from groundwork.data.shard_table import ShardEntry, ShardTable, load_header
 from groundwork.data.shards import (
@@ -125,8 +125,8 @@ def _sample(key: str, fields: dict[str, bytes]) -> Sample | SampleError:
 #: checked when it is first used: opening is not to read what lies before the first sample.
 CHECKED_AT_OPENING = 64
 REMEDY = (
-    "Build shards with `groundwork shards build SOURCE --out DIR`, or set data.shards in the recipe "
-    "to a folder, pattern or URL of WebDataset tars"
+    "Build shards with `groundwork shards build SOURCE --out DIR`, or set data.shards in the "
+    "recipe to a folder, pattern or URL of WebDataset tars"
 )
 
 

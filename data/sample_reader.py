@@ -16,7 +16,8 @@ RawSample = tuple[str, dict[str, bytes]] | SampleError
 class ReadPlan:
     """The one byte range that holds the wanted members of a sample.
 
-    wanted: the fields to read, None for all. parts: (field, begin, end, crc32c) with begin and end inside the range.
+    wanted: the fields to read, None for all.
+    parts: (field, begin, end, crc32c) with begin and end inside the range.
     """
 
     __slots__ = ("begin", "end", "file", "key", "parts")
