@@ -44,6 +44,7 @@ from groundwork.data.split_writer import ShardLimits
 from groundwork.launch.browse import browse
 from groundwork.launch.errors import reporting
 from groundwork.launch.shards_chaos import chaos
+from groundwork.launch.shards_import import register
 from groundwork.launch.shards_scenes import build_scenes
 from groundwork.launch.shards_statistics import show_statistics
 
@@ -51,6 +52,7 @@ app = typer.Typer(help="Build and inspect data sets of WebDataset shards.", no_a
 build_app = typer.Typer(help="Build a data set from a source.", no_args_is_help=True)
 app.add_typer(build_app, name="build")
 build_app.command("scenes")(build_scenes)
+register(build_app)
 app.command("chaos")(chaos)
 app.command("browse")(browse)
 
