@@ -240,7 +240,7 @@ def test_the_arithmetic_gives_the_official_results(
     assert_close(actual, expected, 1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     image=st.tuples(st.integers(1, 9), st.integers(1, 19)),
     shape=st.sampled_from([(3, 16, 2), (3, 32, 1), (3, 5, 3), (2, 12, 1), (3, 72, 1), (1, 2, 5)]),
@@ -273,8 +273,9 @@ def test_any_shape_agrees_with_the_reference(
 def test_the_output_has_the_same_bits_for_every_choice(folder: Path) -> None:
     geometry = make_geometry(3, 1, 1, 1, 3, 1.0, False)
     tensors = [t.bfloat16() for t in draw(geometry, 2, (6, 5), 16, 0)]
+    # on the CPU only the threads differ; test_dcnv3_gpu.py takes all choices
     outputs = [
-        forward_on_host(folder, tensors, geometry, True, choice) for choice in FORWARD_CHOICES
+        forward_on_host(folder, tensors, geometry, True, choice) for choice in FORWARD_CHOICES[:3]
     ]
     assert all(torch.equal(output, outputs[0]) for output in outputs[1:])
 
