@@ -45,9 +45,10 @@ class KnownFiles:
                     self._known[name] = (info, asked)
         return info
 
-    def note(self, name: str, info: FileInfo, asked: float) -> None:
+    def note(self, name: str, info: FileInfo, asked: float, *, shared: bool = True) -> None:
+        """Remember an answer; `shared` writes it to the cache, which costs as much as a block."""
         self._known[name] = (info, asked)
-        if self.cache is not None:
+        if shared and self.cache is not None:
             self.cache.put(self._key(name), json.dumps([info.size, info.version, asked]).encode())
 
     def forget(self, name: str) -> None:

@@ -223,7 +223,7 @@ class RemoteStorage:
         matching = {name: info for name, info in found.items() if fnmatch(name, pattern)}
         for name, info in matching.items():
             if info is not None:
-                self.known.note(name, info, now)
+                self.known.note(name, info, now, shared=False)
         return sorted(matching)
 
     def whole(self, name: str) -> bytes:
