@@ -66,9 +66,7 @@ def compile_cubin(source: str, settings: Mapping[str, int], arch: str) -> Cubin:
         *(f"-D{name}={value}" for name, value in sorted(settings.items())),
     ]
     began = time.monotonic()
-    status, program = nvrtc.nvrtcCreateProgram(
-        source_text(source), source.encode(), 0, [], []
-    )
+    status, program = nvrtc.nvrtcCreateProgram(source_text(source), source.encode(), 0, [], [])
     _check_nvrtc(status, source)
     (status,) = nvrtc.nvrtcCompileProgram(
         program, len(options), [option.encode() for option in options]
