@@ -89,7 +89,7 @@ class BlockCache:
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
-        self.folder = Path(config.folder)
+        self.folder = Path(config.folder).expanduser().absolute()
         self._paused_until = 0.0
         self._warned = False
         self._checked_by = 0  # the process that has looked for what a crash or reboot left
@@ -126,7 +126,9 @@ class BlockCache:
         temporary = None
         try:
             with self._usage() as usage:
-                if usage is None or not self._make_room(usage, _on_disk(size)):
+                if usage is None:
+                    raise BlockingIOError(errno.EWOULDBLOCK, "another process holds its lock")
+                if not self._make_room(usage, _on_disk(size)):
                     return False
                 _write_usage(usage, _read_usage(usage) + _on_disk(size))
                 temporary, fd = self._claim_temporary(size)

@@ -52,7 +52,7 @@ class RemoteConfig:
     memory_bytes: int = 128 * 2**20
     prefetch_blocks: int = 32
     revalidate_s: float = 600.0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold secrets
 
     def __post_init__(self) -> None:
         if min(self.block_bytes, self.threads, self.prefetch_blocks) < 1:
@@ -307,8 +307,9 @@ class RemoteStorage:
         if self.cache is None:
             return self._remember_block(process, block, fetch())
         key = self._key(block, info)
-        # half of the time, lest a process that hangs with the lock leaves nothing to fetch in
-        with self.cache.fetching(key, self.retry.deadline_s / 2):
+        # a process that hangs with the lock is not waited for to the end of our own time
+        patience = min(self.retry.attempt_timeout_s, self.retry.deadline_s / 2)
+        with self.cache.fetching(key, patience):
             data = self.cache.get(key)
             if data is None:
                 data = fetch()

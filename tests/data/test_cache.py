@@ -253,6 +253,20 @@ def test_a_killed_holder_lets_go_and_a_hanging_one_is_not_waited_for(tmp_path: P
         assert locked
 
 
+def test_a_process_stopped_while_it_counts_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("groundwork.data.cache.USAGE_TIMEOUT_S", 0.1)
+    assert cache(tmp_path).put(key(1), content(1))
+    with (tmp_path / "usage").open("rb") as usage:
+        fcntl.flock(usage, fcntl.LOCK_EX)
+        blocks, start = cache(tmp_path), time.monotonic()
+        assert not any(blocks.put(key(number), content(number)) for number in range(2, 50))
+        assert time.monotonic() - start < 3  # waited for once, not for each block
+    assert len(caplog.records) == 1
+    assert "another process holds its lock" in caplog.text
+
+
 def test_a_lock_is_free_again_though_a_child_was_forked_meanwhile(tmp_path: Path) -> None:
     blocks, leave = cache(tmp_path), FORK.Event()
     with blocks.fetching(key(1), 10):
