@@ -17,7 +17,9 @@ from groundwork.data.dataset import Dataset, open_dataset
 from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.samples import Concept, Sample, SampleError
 from groundwork.data.shard_index import ShardError
-from groundwork.data.shards import MANIFEST, read_manifest
+from groundwork.data.shards import MANIFEST, Manifest, parse_manifest, read_manifest
+from groundwork.data.storage import is_remote, open_storage
+from groundwork.data.storage_errors import MissingFileError, redact
 
 #: The split of tars without a manifest.
 ONLY_SPLIT = "all"
@@ -121,9 +123,9 @@ class Collection:
         self.step = step
         self.knowledge = knowledge
         self.sizes: dict[str, int] = {}
-        self.name, self.licence = Path(directory).name or directory, ""
-        if (Path(directory) / MANIFEST).is_file():
-            manifest = read_manifest(Path(directory))
+        self.name, self.licence = redact(directory).rstrip("/").rpartition("/")[2], ""
+        manifest = _manifest(directory)
+        if manifest is not None:
             self.name, self.licence = manifest.name, manifest.licence
             self.sizes = {name: manifest.samples(name) for name in manifest.splits}
             first = "train" if "train" in self.sizes else min(self.sizes, default="")
@@ -159,6 +161,18 @@ class Collection:
     def version(self) -> str:
         """Tells data sets apart in addresses, so that no browser shows pictures of another one."""
         return self.split(self.trained).dataset.digest[:16]
+
+
+def _manifest(directory: str) -> Manifest | None:
+    """What a data set says of itself; None for plain tars."""
+    if not is_remote(directory):
+        is_described = (Path(directory) / MANIFEST).is_file()
+        return read_manifest(Path(directory)) if is_described else None
+    storage = open_storage(directory)
+    try:
+        return parse_manifest(storage.whole(MANIFEST), storage.where(MANIFEST))
+    except MissingFileError:
+        return None
 
 
 def _size(sample: Sample) -> int:

@@ -1,4 +1,5 @@
 import http.client
+import http.server
 import io
 import json
 import socket
@@ -7,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlencode
@@ -316,6 +318,23 @@ def test_plain_tars_with_odd_json_are_shown(tmp_path: Path) -> None:
         shown = client.get("sample", split="all", number=0)
         assert shown.json["key"] == "a" and "NaN" in shown.json["raw"]
         assert client.get("raw", split="all", number=0).status == 200
+
+
+def test_a_remote_data_set_is_shown_like_a_local_one(folder: Path) -> None:
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as remote:
+        thread = threading.Thread(target=remote.serve_forever, args=(0.02,))
+        thread.start()
+        for client in serving(Collection(f"http://127.0.0.1:{remote.server_port}")):
+            about = client.get("about").json
+            entries = client.get("list", split="val", start=0, count=9).json["entries"]
+        remote.shutdown()
+        thread.join()
+    assert {split["name"]: split["samples"] for split in about["splits"]} == {
+        "train": SAMPLES,
+        "val": 3,
+    }
+    assert [entry["key"] for entry in entries] == ["v0", "v1", "v2"]
 
 
 def test_a_split_that_is_none_is_refused_at_start(folder: Path) -> None:
