@@ -18,15 +18,18 @@ from groundwork.data.sources.scenes_description import (
     choose_scene,
 )
 from groundwork.data.sources.scenes_renderer import Rendering, render
+from groundwork.data.sources.scenes_shapes import SHAPES, Shape, entry_distance, surface_normal
 
 SIZE = 48
 SETTINGS = SceneSettings((1, 6), frozenset(), False)
-SEEDS = range(10)
+#: More solids than usual, so that many stand in one another's shadow.
+CROWDED = SceneSettings((5, 6), frozenset(), False)
+SEEDS = range(16)
 Points = NDArray[np.float64]
 
 
 def scene(seed: int) -> Scene:
-    return choose_scene(SETTINGS, random.Random(f"renderer:{seed}"))
+    return choose_scene(CROWDED if seed % 2 else SETTINGS, random.Random(f"renderer:{seed}"))
 
 
 @cache
@@ -132,6 +135,62 @@ def cast_to_light(one: Scene, points: Points, surface: NDArray[np.int64]) -> NDA
         shadow[(surface == -2) & (to_light[:, 1] > 0)] = 0
     shadow[surface == 0] = 0
     return shadow
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rays_from_everywhere_enter_solids_where_the_oracle_says(shape: Shape) -> None:
+    """Also the steep ones that cameras and lights above a scene seldom send."""
+    thing = replace(scene(0).objects[0], shape=shape, radius=0.5, half_height=0.6, x=0.0, y=0.0)
+    thing = replace(thing, heading=(1.0, 0.0))
+    if shape in ("sphere", "cube"):
+        thing = replace(thing, half_height=0.5)
+    rng = np.random.default_rng(0)
+    way = rng.standard_normal((4000, 3))
+    way[:1000, :2] *= 0.1
+    way /= np.linalg.norm(way, axis=1, keepdims=True)
+    start = rng.uniform(-0.7, 0.7, (4000, 3))
+    start -= (start * way).sum(1, keepdims=True) * way
+    far = start - 3 * way
+    expected = first_contact(thing, far + np.array(thing.centre), way) - 3
+    found = entry_distance(
+        thing.shape,
+        thing.radius,
+        thing.half_height,
+        tuple(start.T.astype(np.float32)),
+        tuple(way.T.astype(np.float32)),
+    )
+    assert found.dtype == np.float32
+    hits = np.isfinite(expected)
+    assert 1000 < hits.sum() < 3800
+    # rays that graze the solid may go either way
+    assert (np.isfinite(found) != hits).sum() <= 4
+    both = hits & np.isfinite(found)
+    assert np.quantile(abs(found[both] - expected[both]), 0.995) < 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normals_point_where_the_oracle_grows_fastest(shape: Shape) -> None:
+    thing = replace(scene(0).objects[0], shape=shape, radius=0.5, half_height=0.6, x=0.0, y=0.0)
+    thing = replace(thing, heading=(1.0, 0.0))
+    if shape in ("sphere", "cube"):
+        thing = replace(thing, half_height=0.5)
+    rng = np.random.default_rng(1)
+    way = rng.standard_normal((500, 3))
+    way[:, 2] = -abs(way[:, 2])  # from above, as the bottom is never seen
+    way /= np.linalg.norm(way, axis=1, keepdims=True)
+    centre = np.array(thing.centre)
+    distance = first_contact(thing, np.broadcast_to(centre, way.shape) - 3 * way, way)
+    points = centre - 3 * way + distance[:, None] * way
+    step = 1e-5
+    slope = np.stack(
+        [outside(thing, points + step * a) - outside(thing, points - step * a) for a in np.eye(3)],
+        axis=1,
+    )
+    slope /= np.linalg.norm(slope, axis=1, keepdims=True)
+    local = tuple((points - centre).T.astype(np.float32))
+    normals = np.stack(surface_normal(shape, thing.radius, thing.half_height, local), axis=1)
+    # at an edge between two faces either normal will do
+    assert np.quantile(np.abs(normals - slope).max(1), 0.97) < 1e-3
 
 
 @pytest.mark.parametrize("seed", SEEDS)
