@@ -69,9 +69,13 @@ def run_import(
     # launch/shards.py registers these commands, so its parts cannot be imported before
     from groundwork.launch.shards import _is_built, _write
 
-    report = ImportReport(lambda where, reason: console.print(
-        f"{'bad' if destination.check else 'skipped'}: {where}: {reason}", markup=False
-    ))  # fmt: skip
+    word = "bad" if destination.check else "skipped"
+    report = ImportReport(
+        # one line each, however long, so that lists can be filtered
+        lambda where, reason: console.print(
+            f"{word}: {where}: {reason}", markup=False, soft_wrap=True
+        )
+    )
     if destination.check:
         return _check(replace(config, skip_bad=True), samples, report)
     if destination.out is None:
