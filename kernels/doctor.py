@@ -1,10 +1,18 @@
 """Which backend each op uses on this machine, and why."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from groundwork.kernels import dcnv3_cpu, dcnv3_cuda
+from groundwork.kernels import (
+    dcnv3_cpu,
+    dcnv3_cuda,
+    depthwise_norm_gelu_cpu,
+    fused_layers,
+    fused_layers_cuda,
+    residual_norm_cpu,
+)
 from groundwork.kernels.cuda_compiler import CudaCompileError, cached_cubin
 from groundwork.kernels.host_compiler import (
     HostCompileError,
@@ -13,7 +21,7 @@ from groundwork.kernels.host_compiler import (
     find_compiler,
     instruction_set,
 )
-from groundwork.kernels.optional_backends import apex_problem, choose_adamw
+from groundwork.kernels.optional_backends import apex_problem, choose_adamw, choose_layer_norm
 
 
 @dataclass(frozen=True)
@@ -28,24 +36,32 @@ class KernelStatus:
 
 def kernel_statuses() -> list[KernelStatus]:
     """Every op on every kind of device here; kernels that are missing are compiled."""
+    devices = range(torch.cuda.device_count())
     return [
-        _dcnv3_on_cpu(),
-        *map(_dcnv3_on_cuda, range(torch.cuda.device_count())),
+        _on_cpu("dcnv3, dcnv4", dcnv3_cpu.SOURCE, dcnv3_cpu.library),
+        _on_cpu(
+            "depthwise_norm_gelu", depthwise_norm_gelu_cpu.SOURCE, depthwise_norm_gelu_cpu.library
+        ),
+        _on_cpu("residual_norm", residual_norm_cpu.SOURCE, residual_norm_cpu.library),
+        *map(_dcnv3_on_cuda, devices),
+        *map(_fused_on_cuda, devices),
         _adamw("cuda" if torch.cuda.is_available() else "cpu"),
+        _layer_norm("cuda" if torch.cuda.is_available() else "cpu"),
         KernelStatus("modulated_deform_conv2d", "all", "torchvision", "delegates to torchvision"),
     ]
 
 
-def _dcnv3_on_cpu() -> KernelStatus:
+def _on_cpu(op: str, source: str, load: Callable[[], object]) -> KernelStatus:
+    """load: of the library of a file in `csrc/`, with its checks."""
     try:
-        library = build_host_library(dcnv3_cpu.SOURCE)
-        dcnv3_cpu.library()
+        library = build_host_library(source)
+        load()
     except HostCompileError as error:
-        return KernelStatus("dcnv3, dcnv4", "cpu", "reference", str(error))
+        return KernelStatus(op, "cpu", "reference", str(error))
     compiler = library.compiler or find_compiler() or "no compiler needed"
     built = f"built in {library.seconds:.1f} s" if library.compiler else "built before"
     return KernelStatus(
-        "dcnv3, dcnv4",
+        op,
         "cpu",
         "cpu",
         f"{instruction_set()}, {torch.get_num_threads()} threads "
@@ -54,25 +70,46 @@ def _dcnv3_on_cpu() -> KernelStatus:
 
 
 def _dcnv3_on_cuda(device: int) -> KernelStatus:
+    # the most usual one: bfloat16, 16 channels per group, 3x3, logits
+    problem = dcnv3_cuda.Problem(units=1, groups=1, depth=16)
+    cut = dcnv3_cuda.plan(problem, 9, (torch.bfloat16,) * 3, softmax=True, fixed=False)
+    reason = dcnv3_cuda.unavailable(device)
+    return _on_cuda("dcnv3, dcnv4", device, reason, dcnv3_cuda.SOURCE, cut.settings)
+
+
+def _fused_on_cuda(device: int) -> KernelStatus:
+    # the convolution of InternImage-T's first stage
+    cut = fused_layers_cuda.plan(64, (torch.bfloat16,) * 3, side=3)
+    reason = fused_layers.unavailable("cuda", device)
+    op = "depthwise_norm_gelu, residual_norm"
+    return _on_cuda(op, device, reason, fused_layers_cuda.SOURCE, cut.settings)
+
+
+def _on_cuda(
+    op: str, device: int, reason: str | None, source: str, settings: Mapping[str, int]
+) -> KernelStatus:
+    """reason: why no kernel can run there, or None; settings: of one variant, to compile."""
     name = torch.cuda.get_device_name(device)
     major, minor = torch.cuda.get_device_capability(device)
-    reason = dcnv3_cuda.unavailable(device)
     if reason is None:
-        # the most usual one: bfloat16, 16 channels per group, 3x3, logits
-        problem = dcnv3_cuda.Problem(units=1, groups=1, depth=16)
-        cut = dcnv3_cuda.plan(problem, 9, (torch.bfloat16,) * 3, softmax=True, fixed=False)
         try:
-            cubin = cached_cubin(dcnv3_cuda.SOURCE, cut.settings, f"sm_{major}{minor}")
+            cubin = cached_cubin(source, settings, f"sm_{major}{minor}")
         except (CudaCompileError, HostCompileError) as error:
             reason = str(error)
         else:
             built = f"built in {cubin.seconds:.1f} s" if cubin.seconds else "built before"
             detail = f"{name}, sm_{major}{minor}; NVRTC, {built}, in {cache_folder()}"
-            return KernelStatus("dcnv3, dcnv4", f"cuda:{device}", "cuda", detail)
-    return KernelStatus("dcnv3, dcnv4", f"cuda:{device}", "reference", f"{name}: {reason}")
+            return KernelStatus(op, f"cuda:{device}", "cuda", detail)
+    return KernelStatus(op, f"cuda:{device}", "reference", f"{name}: {reason}")
 
 
 def _adamw(device: str) -> KernelStatus:
     choice = choose_adamw("auto", device)
     apex = apex_problem() or "apex is installed: optimizer.backend=apex uses it"
     return KernelStatus("adamw", device, choice.backend, f"{choice.reason}; {apex}")
+
+
+def _layer_norm(device: str) -> KernelStatus:
+    choice = choose_layer_norm("auto", device)
+    apex = apex_problem() or "apex is installed: choose_layer_norm('apex', 'cuda') uses it"
+    return KernelStatus("layer_norm", device, choice.backend, f"{choice.reason}; {apex}")

@@ -1,4 +1,4 @@
-"""Optional implementations of AdamW: which one runs, and why.
+"""Optional implementations of AdamW and LayerNorm: which one runs, and why.
 
 The package named `apex` on the Python package index is not NVIDIA's; NVIDIA's is recognised by its
 submodules.
@@ -6,10 +6,12 @@ submodules.
 
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
+from torch import nn
 
+LayerNormBackend = Literal["auto", "torch", "apex"]
 AdamWBackend = Literal["auto", "torch", "torch_fused", "apex", "deepspeed"]
 APEX_MODULES: Final = ("apex.optimizers", "apex.normalization", "apex.multi_tensor_apply")
 
@@ -47,6 +49,35 @@ def choose_adamw(backend: AdamWBackend, device: str) -> AdamWChoice:
     return AdamWChoice(backend, "asked for", _apex if backend == "apex" else _deepspeed)
 
 
+class LayerNormChoice(NamedTuple):
+    """backend: its name. reason: why this one. build: (channels, eps) -> module.
+
+    The modules have the parameters `weight` and `bias`, whichever builds them.
+    """
+
+    backend: str
+    reason: str
+    build: Callable[[int, float], nn.Module]
+
+
+def choose_layer_norm(backend: LayerNormBackend, device: str) -> LayerNormChoice:
+    """The implementation for tensors on `device` ("cpu" or "cuda"). Raises BackendError.
+
+    "auto" is torch's: `torch.compile` fuses it with its neighbours, and it runs anywhere.
+    """
+    if backend not in get_args(LayerNormBackend):
+        names = ", ".join(get_args(LayerNormBackend))
+        raise BackendError(f"layer_norm backend {backend!r} is unknown; choose one of {names}")
+    if backend != "apex":
+        reason = "torch's own" if backend == "auto" else "asked for"
+        return LayerNormChoice("torch", reason, _torch_layer_norm)
+    if device != "cuda":
+        raise BackendError("layer_norm backend 'apex' needs a GPU; use 'auto'")
+    if (problem := apex_problem()) is not None:
+        raise BackendError(f"layer_norm backend 'apex': {problem}; use 'auto'")
+    return LayerNormChoice("apex", "asked for", _apex_layer_norm)
+
+
 def apex_problem() -> str | None:
     """Why NVIDIA's apex cannot be used; None if it is installed."""
     try:
@@ -61,6 +92,17 @@ def apex_problem() -> str | None:
             "`pip uninstall apex`, then build https://github.com/NVIDIA/apex"
         )
     return None
+
+
+def _torch_layer_norm(channels: int, eps: float) -> nn.Module:
+    return nn.LayerNorm(channels, eps=eps)
+
+
+def _apex_layer_norm(channels: int, eps: float) -> nn.Module:
+    from apex.normalization import FusedLayerNorm
+
+    module: nn.Module = FusedLayerNorm(channels, eps=eps)
+    return module
 
 
 def _torch(groups: Iterable[Any], **settings: Any) -> torch.optim.Optimizer:

@@ -229,12 +229,17 @@ residual_norm_sums(Problem q, const Out* __restrict__ grad, const Y* __restrict_
   float along_normed[WIDTH], along[WIDTH];
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) along_normed[i] = along[i] = 0.0f;
-#pragma unroll 4
+  int64_t sample = first / q.rows_per_sample, next = (sample + 1) * q.rows_per_sample;
+  float kept = keep ? keep[sample] : 1.0f;
+#pragma unroll 2
   for (int64_t row = first; row < end; ++row) {
+    if (row == next) {
+      kept = keep ? keep[++sample] : 1.0f;
+      next += q.rows_per_sample;
+    }
     float g[WIDTH], v[WIDTH];
     read<OUT_T>(grad + row * CHANNELS + channel, g);
     read<Y_T>(y + row * CHANNELS + channel, v);
-    const float kept = keep ? keep[row / q.rows_per_sample] : 1.0f;
     const float mean = moments[2 * row], inverse = moments[2 * row + 1];
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {

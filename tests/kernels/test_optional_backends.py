@@ -1,4 +1,4 @@
-"""The choice of AdamW's implementation."""
+"""The choice of AdamW's and LayerNorm's implementations."""
 
 import sys
 from collections.abc import Iterator
@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from groundwork.kernels.optional_backends import BackendError, apex_problem, choose_adamw
+from groundwork.kernels.optional_backends import (
+    BackendError,
+    apex_problem,
+    choose_adamw,
+    choose_layer_norm,
+)
 
 
 @pytest.fixture
@@ -24,7 +29,10 @@ def put_apex(folder: Path, modules: list[str]) -> None:
     for module in ("", *modules):
         package = folder / "apex" / module
         package.mkdir(exist_ok=True)
-        (package / "__init__.py").write_text("class FusedAdam:\n    pass\n")
+        (package / "__init__.py").write_text(
+            "class FusedAdam:\n    pass\n"
+            "import torch\nclass FusedLayerNorm(torch.nn.LayerNorm):\n    pass\n"
+        )
 
 
 def test_auto_is_torchs_and_fused_on_a_gpu_only() -> None:
@@ -69,3 +77,24 @@ def test_the_other_package_called_apex_is_not_mistaken_for_nvidias(installed: Pa
 def test_nvidias_apex_is_recognised_by_its_submodules(installed: Path) -> None:
     put_apex(installed, ["optimizers", "normalization", "multi_tensor_apply"])
     assert choose_adamw("apex", "cuda").backend == "apex"
+
+
+def test_layer_norm_is_torchs_unless_apex_is_asked_for(installed: Path) -> None:
+    for backend in ("auto", "torch"):
+        choice = choose_layer_norm(backend, "cuda")  # type: ignore[arg-type]
+        module = choice.build(6, 1e-6)
+        assert (choice.backend, type(module)) == ("torch", torch.nn.LayerNorm)
+        assert {name for name, _ in module.named_parameters()} == {"weight", "bias"}
+    put_apex(installed, ["optimizers", "normalization", "multi_tensor_apply"])
+    choice = choose_layer_norm("apex", "cuda")
+    assert type(choice.build(6, 1e-6)).__name__ == "FusedLayerNorm"
+
+
+def test_a_layer_norm_that_cannot_run_says_why(installed: Path) -> None:
+    with pytest.raises(BackendError, match="layer_norm backend 'apex' needs a GPU; use 'auto'"):
+        choose_layer_norm("apex", "cpu")
+    with pytest.raises(BackendError, match="'flash' is unknown; choose one of auto, torch, apex"):
+        choose_layer_norm("flash", "cuda")  # type: ignore[arg-type]
+    put_apex(installed, [])
+    with pytest.raises(BackendError, match=r"not NVIDIA's: it has no apex\.optimizers"):
+        choose_layer_norm("apex", "cuda")
