@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from glob import glob, has_magic
 from pathlib import Path
 
+import numpy as np
 from webdataset.shardlists import expand_urls
 
 from groundwork.data.cache import CacheConfig
-from groundwork.data.sample_reader import RawSample, ReadPlan, read_samples
+from groundwork.data.sample_reader import RawSample, ReadPlan, plan_reads, read_samples
 from groundwork.data.samples import Concept, Sample, SampleError, sample_from_fields
 from groundwork.data.shard_index import ShardError
 from groundwork.data.shard_table import ShardEntry, ShardTable, load_header
@@ -98,18 +99,27 @@ class Dataset:
         A sample that cannot be read, or whose checksums fail twice, is returned as its error.
         """
         wanted = None if fields is None else frozenset(fields)
+        numbers = np.asarray(indices, np.int64)
+        shards, rows = self.table.locate_many(numbers)
+        results: list[RawSample] = [_UNREAD] * len(numbers)
+        places: list[int] = []
         plans: list[ReadPlan] = []
-        errors: dict[int, SampleError] = {}
-        for number, index in enumerate(indices):
-            shard, row = self.locate(index)
+        for shard in np.unique(shards).tolist():
+            chosen = np.flatnonzero(shards == shard)
             try:
                 table = self.table.index(shard)
             except (ShardError, OSError) as error:
-                errors[number] = SampleError(f"its index cannot be used: {error}")
-            else:
-                plans.append(ReadPlan(self.table.entries[shard].file, table, row, wanted))
-        read = iter(read_samples(self.storage, plans))
-        return [errors[n] if n in errors else next(read) for n in range(len(indices))]
+                for place in chosen.tolist():
+                    results[place] = SampleError(f"its index cannot be used: {error}")
+                continue
+            places += chosen.tolist()
+            plans += plan_reads(self.table.entries[shard].file, table, rows[chosen], wanted)
+        for place, sample in zip(places, read_samples(self.storage, plans), strict=True):
+            results[place] = sample
+        return results
+
+
+_UNREAD = SampleError("not read")
 
 
 def _sample(key: str, fields: dict[str, bytes]) -> Sample | SampleError:

@@ -1,8 +1,11 @@
 """Reading the members of samples: one byte range each, every checksum verified."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
 
 from groundwork.data.samples import SampleError
 from groundwork.data.shard_index import MISSING, ShardIndex
@@ -13,54 +16,75 @@ from groundwork.data.storage_errors import StorageError
 RawSample = tuple[str, dict[str, bytes]] | SampleError
 
 
-class ReadPlan:
-    """The one byte range that holds the wanted members of a sample.
+class ReadPlan(NamedTuple):
+    """The one byte range of a file that holds the wanted members of a sample.
 
-    wanted: the fields to read, None for all.
-    parts: (field, begin, end, crc32c) with begin and end inside the range.
+    offsets, sizes, checksums: of each of `fields`, offsets in the file; size MISSING where the
+    sample lacks the field.
     """
 
-    __slots__ = ("begin", "end", "file", "key", "parts")
+    file: str
+    begin: int
+    end: int
+    key: str
+    fields: tuple[str, ...]
+    offsets: list[int]
+    sizes: list[int]
+    checksums: list[int]
 
-    def __init__(
-        self, file: str, table: ShardIndex, row: int, wanted: frozenset[str] | None = None
-    ) -> None:
-        self.file, self.key = file, table.key(row)
-        members = [
-            (field, offset, offset + size, checksum)
-            for field, offset, size, checksum in zip(
-                table.fields,
-                table.offsets[row].tolist(),
-                table.sizes[row].tolist(),
-                table.checksums[row].tolist(),
-                strict=True,
-            )
-            if size != MISSING and (wanted is None or field in wanted)
-        ]
-        self.begin = min((begin for _, begin, _, _ in members), default=0)
-        self.end = max((end for _, _, end, _ in members), default=0)
-        self.parts = [(f, b - self.begin, e - self.begin, c) for f, b, e, c in members]
+    def members(self, data: bytes) -> dict[str, bytes] | str:
+        """The members in the bytes of the range, or the first field whose checksum fails."""
+        found = {}
+        for field, offset, size, checksum in zip(
+            self.fields, self.offsets, self.sizes, self.checksums, strict=True
+        ):
+            if size != MISSING:
+                start = offset - self.begin
+                content = data[start : start + size]
+                if google_crc32c.value(content) != checksum:
+                    return field
+                found[field] = content
+        return found
 
-    def first_damaged(self, data: bytes) -> str | None:
-        """The first member whose checksum fails."""
-        for field, begin, end, checksum in self.parts:
-            if google_crc32c.value(data[begin:end]) != checksum:
-                return field
-        return None
 
-    def members(self, data: bytes) -> dict[str, bytes]:
-        return {field: data[begin:end] for field, begin, end, _ in self.parts}
+def plan_reads(
+    file: str, table: ShardIndex, rows: NDArray[np.int64], wanted: frozenset[str] | None = None
+) -> Iterator[ReadPlan]:
+    """How to read samples of one tar. wanted: the fields to read, None for all."""
+    columns = [i for i, field in enumerate(table.fields) if wanted is None or field in wanted]
+    fields = tuple(table.fields[i] for i in columns)
+    offsets = table.offsets[rows][:, columns]
+    sizes = table.sizes[rows][:, columns]
+    is_there = sizes != MISSING
+    begins = offsets.min(1, initial=np.iinfo(np.int64).max, where=is_there)
+    ends = (offsets + sizes).max(1, initial=0, where=is_there)
+    return map(
+        ReadPlan,
+        [file] * len(rows),
+        np.minimum(begins, ends).tolist(),
+        ends.tolist(),
+        table.keys_of(rows),
+        [fields] * len(rows),
+        offsets.tolist(),
+        sizes.tolist(),
+        table.checksums[rows][:, columns].tolist(),
+    )
 
 
 def read_samples(storage: Storage, plans: Sequence[ReadPlan]) -> list[RawSample]:
     """Carry out the plans, together where the storage can. Nothing unverified is returned."""
     try:
-        found: list[bytes | StorageError] = [
-            *storage.read_many([(plan.file, plan.begin, plan.end) for plan in plans])
-        ]
+        found: Sequence[bytes | StorageError] = storage.read_many([plan[:3] for plan in plans])
     except StorageError:  # of one of them; the others are not to suffer
         found = [_read(storage, plan) for plan in plans]
-    return [_verified(storage, plan, data) for plan, data in zip(plans, found, strict=True)]
+    results: list[RawSample] = []
+    for plan, data in zip(plans, found, strict=True):
+        members = plan.members(data) if isinstance(data, bytes) else ""
+        if isinstance(members, dict):
+            results.append((plan.key, members))
+        else:
+            results.append(_second_try(storage, plan, data))
+    return results
 
 
 def _read(storage: Storage, plan: ReadPlan) -> bytes | StorageError:
@@ -70,16 +94,17 @@ def _read(storage: Storage, plan: ReadPlan) -> bytes | StorageError:
         return error
 
 
-def _verified(storage: Storage, plan: ReadPlan, data: bytes | StorageError) -> RawSample:
-    if isinstance(data, bytes) and plan.first_damaged(data) is not None:
+def _second_try(storage: Storage, plan: ReadPlan, data: bytes | StorageError) -> RawSample:
+    if not isinstance(data, StorageError):
         # what is wrong may be a cached copy, or a file that was replaced while it was open
         storage.forget(plan.file, plan.begin, plan.end)
         data = _read(storage, plan)
     if isinstance(data, StorageError):
         return SampleError(f"cannot be read: {data}")
-    if (field := plan.first_damaged(data)) is not None:
+    members = plan.members(data)
+    if isinstance(members, str):
         return SampleError(
-            f"member {field!r} fails its checksum: the tar was damaged, or replaced after it was "
-            "indexed"
+            f"member {members!r} fails its checksum: the tar was damaged, or replaced after it "
+            "was indexed"
         )
-    return plan.key, plan.members(data)
+    return plan.key, members

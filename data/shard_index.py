@@ -105,6 +105,16 @@ class ShardIndex:
         begin = int(self.key_ends[sample_index - 1]) if sample_index else 0
         return bytes(self.keys[begin : int(self.key_ends[sample_index])]).decode("utf-8")
 
+    def keys_of(self, rows: NDArray[np.int64]) -> list[str]:
+        """The keys of several samples."""
+        ends = self.key_ends[rows]
+        begins = np.where(rows > 0, self.key_ends[rows - 1], 0)
+        keys = self.keys
+        return [
+            bytes(keys[begin:end]).decode("utf-8")
+            for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
+        ]
+
     def digest(self) -> str:
         """sha256 of the keys, fields and checksums: what the tar holds, wherever it lies in it."""
         parts = (

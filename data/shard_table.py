@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from groundwork.data.shard_index import (
     HEADER_BYTES,
@@ -67,6 +68,17 @@ class ShardTable:
             raise IndexError(f"sample {index} of a data set of {len(self)}")
         shard = int(self.ends.searchsorted(index, side="right"))
         return shard, index - int(self.ends[shard - 1] if shard else 0)
+
+    def locate_many(
+        self, indices: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The same for many samples. (K,) -> (K,), (K,)."""
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(
+                f"samples {indices.min()} to {indices.max()} of a data set of {len(self)}"
+            )
+        shards = self.ends.searchsorted(indices, side="right")
+        return shards, indices - np.where(shards > 0, self.ends[shards - 1], 0)
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard. Raises ShardError where it does not fit what is known of it."""
