@@ -341,6 +341,32 @@ def test_parameters_are_read_only_while_their_module_runs(name: str) -> None:
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["T", "L", "G"])
+def test_fused_layers_train_as_the_plain_ones_do(name: str) -> None:
+    """With the same samples dropped by stochastic depth."""
+    config = replace(official_config(name), drop_path=0.3)
+    results = []
+    for backend in ("auto", "reference"):
+        model = randomised(replace(config, kernel_backend=backend))
+        torch.manual_seed(1)
+        logits = model(torch.randn(3, 3, 32, 32))
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+    for fused, plain in zip(*results, strict=True):
+        assert fused is not None
+        assert plain is not None
+        # absolute for the small: some gradients are zero, as that of a bias before a norm
+        assert (fused - plain).norm() < 2e-3 * max(0.1, float(plain.norm()))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, lambda: nn.GELU("tanh")])
+def test_another_activation_runs_the_plain_layers(act: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    layer, x = DCNv3(8, 2, act=act), torch.randn(1, 5, 4, 8)
+    plain = nn.Sequential(*layer.dw_conv)
+    torch.testing.assert_close(layer.dw_conv(x), plain(x.permute(0, 3, 1, 2)), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_the_layer_compiles_without_graph_breaks(backend: str) -> None:
     torch.manual_seed(0)
