@@ -25,6 +25,7 @@ from groundwork.launch.shards_import_run import (
     Licence,
     Out,
     Overwrite,
+    Parts,
     Root,
     Seed,
     SkipBad,
@@ -32,6 +33,7 @@ from groundwork.launch.shards_import_run import (
     Splits,
     TextField,
     ValFraction,
+    Workers,
     run_import,
     with_splits,
 )
@@ -47,6 +49,7 @@ def build_webdataset(
     check_sha256: Annotated[
         bool, typer.Option(help="Compare images with the sha256 of their JSON.")
     ] = False,
+    workers: Workers = 2,
     check: Check = False,
     skip_bad: SkipBad = False,
     licence: Licence = "unknown",
@@ -59,8 +62,16 @@ def build_webdataset(
             root, split, TarFields(image, text, label), check_sha256, skip_bad
         )
         destination = Destination(out, check, licence, overwrite)
+        parts = Parts(
+            webdataset_tars.webdataset_units, webdataset_tars.read_webdataset_unit, workers
+        )
         return run_import(
-            "webdataset", config, webdataset_tars.webdataset_samples, destination, [root]
+            "webdataset",
+            config,
+            webdataset_tars.webdataset_samples,
+            destination,
+            [root],
+            parts=parts,
         )
 
     raise typer.Exit(reporting(run))
@@ -73,6 +84,7 @@ def build_img2dataset(
     check_tables: Annotated[
         bool, typer.Option(help="Compare each tar with its Parquet table.")
     ] = True,
+    workers: Workers = 2,
     check: Check = False,
     skip_bad: SkipBad = False,
     licence: Licence = "unknown",
@@ -85,8 +97,9 @@ def build_img2dataset(
             root, split, check_tables=check_tables, skip_bad=skip_bad
         )
         destination = Destination(out, check, licence, overwrite)
+        parts = Parts(img2dataset.img2dataset_units, img2dataset.read_img2dataset_unit, workers)
         return run_import(
-            "img2dataset", config, img2dataset.img2dataset_samples, destination, [root]
+            "img2dataset", config, img2dataset.img2dataset_samples, destination, [root], parts=parts
         )
 
     raise typer.Exit(reporting(run))
@@ -99,6 +112,7 @@ def build_energon(
         str, typer.Option(help="Member that holds the image, instead of field_map.")
     ] = "",
     text: Annotated[str, typer.Option(help="Member that holds the caption, with --image.")] = "",
+    workers: Workers = 2,
     check: Check = False,
     skip_bad: SkipBad = False,
     licence: Licence = "unknown",
@@ -110,7 +124,10 @@ def build_energon(
         fields = TarFields(image, text) if image else None
         config = energon.EnergonConfig(root, fields, skip_bad)
         destination = Destination(out, check, licence, overwrite)
-        return run_import("energon", config, energon.energon_samples, destination, [root])
+        parts = Parts(energon.energon_units, energon.read_energon_unit, workers)
+        return run_import(
+            "energon", config, energon.energon_samples, destination, [root], parts=parts
+        )
 
     raise typer.Exit(reporting(run))
 
@@ -122,6 +139,7 @@ def build_huggingface(
     image: ImageField = DEFAULTS.image,
     text: TextField = DEFAULTS.text,
     label: LabelField = DEFAULTS.label,
+    workers: Workers = 2,
     check: Check = False,
     skip_bad: SkipBad = False,
     licence: Annotated[str, typer.Option(help="Taken from README.md if not given.")] = "",
@@ -135,8 +153,9 @@ def build_huggingface(
         )
         known = licence or str(huggingface.huggingface_card(root).get("license", "unknown"))
         destination = Destination(out, check, known, overwrite)
+        parts = Parts(huggingface.huggingface_units, huggingface.read_huggingface_unit, workers)
         return run_import(
-            "huggingface", config, huggingface.huggingface_samples, destination, [root]
+            "huggingface", config, huggingface.huggingface_samples, destination, [root], parts=parts
         )
 
     raise typer.Exit(reporting(run))

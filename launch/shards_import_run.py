@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from groundwork.data.samples import Concept, Sample
+from groundwork.data.shard_builder import Note, Unit
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.report import ImportReport
 from groundwork.data.sources.tar_fields import TarFields
@@ -37,10 +39,20 @@ Annotation = Annotated[
 ]
 Images = Annotated[str, typer.Option(help="Folder of pictures below ROOT; {split} for the split.")]
 ValFraction = Annotated[float, typer.Option(help="Share of the raw items in the split `val`.")]
+Workers = Annotated[int, typer.Option(min=1, help="Reading processes.")]
 Seed = Annotated[int, typer.Option(help="Of the choice of the split `val`.")]
 
 DEFAULTS = TarFields()
 Samples = Callable[[Any, ImportReport], Iterator[tuple[str, Sample]]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a source is divided among processes; see `build_shards`."""
+
+    units: Callable[[Any], Sequence[Unit]]
+    read: Callable[[Any, Unit, Note], Iterator[tuple[str, Sample]]]
+    workers: int
 
 
 @dataclass(frozen=True)
@@ -64,10 +76,14 @@ def run_import(
     destination: Destination,
     inputs: Sequence[Path],
     concepts: Callable[[Any], list[Concept]] = lambda _: [],
+    parts: Parts | None = None,
 ) -> int:
-    """Write the data set, or only check what it would be made of."""
+    """Write the data set, or only check what it would be made of.
+
+    parts: of a source that several processes can read.
+    """
     # launch/shards.py registers these commands, so its parts cannot be imported before
-    from groundwork.launch.shards import _is_built, _write
+    from groundwork.launch.shards import _build, _is_built, _write
 
     word = "bad" if destination.check else "skipped"
     report = ImportReport(
@@ -85,6 +101,11 @@ def run_import(
     if _is_built(out, source, destination.overwrite, inputs):
         return 0
     name = inputs[0].resolve().stem
+    if parts is not None:
+        read = partial(parts.read, config)
+        units = parts.units(config)
+        _build(units, read, out, name, source, destination.licence, [], parts.workers)
+        return 0
     named = concepts(config)
     _write(samples(config, report), None, out, name, source, destination.licence, named)
     if report.summary():

@@ -9,8 +9,9 @@ Such tars can be streamed in place, too. Importing keeps Energon's splits and ex
 its counts. A `sample_loader.py` is Python code, which is never run: name the fields instead.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,8 @@ from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.image_files import inside
 from groundwork.data.sources.keys import sample_key
 from groundwork.data.sources.report import BadItemError, ImportReport
-from groundwork.data.sources.tar_fields import TarFields, TarRecord, record_sample, tar_records
+from groundwork.data.sources.tar_fields import TarFields, record_sample, tar_records
+from groundwork.data.sources.tar_units import Unit, noted, tar_unit, unit_tar
 
 KIND: Final = "energon"
 
@@ -53,12 +55,19 @@ def energon_samples(
 ) -> Iterator[tuple[str, Sample]]:
     """Every sample of every split, in the order of split.yaml, without what it excludes."""
     report = report or ImportReport()
+    for unit in energon_units(config):
+        yield from _unit_samples(config, unit, report)
+
+
+def energon_units(config: EnergonConfig) -> list[Unit]:
+    """One unit for each tar of each split, with all that `.nv-meta` says of it."""
     meta = config.root / ".nv-meta"
     if not meta.is_dir():
         raise SourceError(f"{config.root}: no .nv-meta here; give the folder that was prepared")
     fields = config.fields or energon_fields(config.root)
     splits, excluded = _splits(meta / "split.yaml")
     counts = _shard_counts(meta)
+    units = []
     for split, shards in splits.items():
         for name in shards:
             if name in excluded:
@@ -67,18 +76,36 @@ def energon_samples(
                 tar = inside(config.root, name)
             except BadItemError as error:
                 raise SourceError(f"{meta / 'split.yaml'}: {error}") from error
-            number = -1
-            records = tar_records(tar, report, skip_bad=config.skip_bad)
-            for number, record in enumerate(records):
-                if f"{name}/{number}" in excluded or f"{name}/{record.key}" in excluded:
-                    continue
-                try:
-                    sample = _sample(name, record, fields, report)
-                except BadItemError as error:
-                    report.bad("sample", record.where, str(error), skip=config.skip_bad)
-                    continue
-                yield split, sample
-            _check_counts(config, name, tar, number + 1, counts, report)
+            unit = tar_unit(config.root, tar, split, _offsets_file(tar))
+            without = sorted(e for e in excluded if e.startswith(f"{name}/"))
+            said = {"fields": asdict(fields), "count": counts.get(name), "excluded": without}
+            units.append(unit | said)
+    return units
+
+
+def read_energon_unit(
+    config: EnergonConfig, unit: Unit, note: Callable[[str], None]
+) -> Iterator[tuple[str, Sample]]:
+    """The samples of one tar; what is skipped is said to `note`."""
+    return noted(partial(_unit_samples, config, unit), unit, note)
+
+
+def _unit_samples(
+    config: EnergonConfig, unit: Unit, report: ImportReport
+) -> Iterator[tuple[str, Sample]]:
+    name, excluded, number = unit["tar"], set(unit["excluded"]), -1
+    fields, tar = TarFields(**unit["fields"]), unit_tar(config.root, unit)
+    for number, record in enumerate(tar_records(tar, report, skip_bad=config.skip_bad)):
+        if f"{name}/{number}" in excluded or f"{name}/{record.key}" in excluded:
+            continue
+        key = sample_key(f"{name.removesuffix('.tar')}/{record.key}")
+        try:
+            sample = record_sample(record, key, fields, report, {"tar": name, "key": record.key})
+        except BadItemError as error:
+            report.bad("sample", record.where, str(error), skip=config.skip_bad)
+            continue
+        yield unit["split"], sample
+    _check_counts(config, tar, number + 1, unit["count"], report)
 
 
 def energon_fields(root: Path) -> TarFields:
@@ -99,11 +126,6 @@ def energon_fields(root: Path) -> TarFields:
             )
         fields.setdefault(FIELDS[member], field)
     return TarFields(**{"text": "", "label": "", **fields})
-
-
-def _sample(name: str, record: TarRecord, fields: TarFields, report: ImportReport) -> Sample:
-    key = sample_key(f"{name.removesuffix('.tar')}/{record.key}")
-    return record_sample(record, key, fields, report, {"tar": name, "key": record.key})
 
 
 def _splits(path: Path) -> tuple[dict[str, list[str]], set[str]]:
@@ -133,18 +155,13 @@ def _shard_counts(meta: Path) -> Mapping[str, Any]:
 
 
 def _check_counts(
-    config: EnergonConfig,
-    name: str,
-    tar: Path,
-    samples: int,
-    counts: Mapping[str, Any],
-    report: ImportReport,
+    config: EnergonConfig, tar: Path, samples: int, expected: Any, report: ImportReport
 ) -> None:
     """Compare .info, the `.tar.idx` and the tar itself, as far as they are there."""
-    index = tar.with_suffix(".tar.idx")
+    index = _offsets_file(tar)
     numbers = {"its samples": samples}
-    if name in counts:
-        numbers[".nv-meta/.info"] = counts[name]
+    if expected is not None:
+        numbers[".nv-meta/.info"] = expected
     if index.is_file():
         # the last offset is that of the end
         numbers[index.name] = index.stat().st_size // OFFSET_BYTES - 1
@@ -157,6 +174,10 @@ def _check_counts(
             "fetch it again, or run `energon prepare` again",
             skip=config.skip_bad,
         )
+
+
+def _offsets_file(tar: Path) -> Path:
+    return tar.with_suffix(".tar.idx")
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -8,8 +8,9 @@ train. Such tars can be streamed in place, too; importing applies the splits and
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.keys import sample_key
 from groundwork.data.sources.report import BadItemError, ImportReport
 from groundwork.data.sources.tar_fields import TarFields, record_sample, tar_records
+from groundwork.data.sources.tar_units import Unit, noted, tar_unit, unit_tar
 from groundwork.data.sources.webdataset_tars import tars_below
 
 KIND: Final = "huggingface"
@@ -48,22 +50,43 @@ def huggingface_samples(
 ) -> Iterator[tuple[str, Sample]]:
     """Every sample, split by split."""
     report = report or ImportReport()
-    for split, tars in huggingface_splits(config).items():
-        for tar in tars:
-            name = tar.relative_to(config.root).with_suffix("").as_posix()
-            for record in tar_records(tar, report, skip_bad=config.skip_bad):
-                try:
-                    sample = record_sample(
-                        record,
-                        sample_key(f"{name}/{record.key}"),
-                        config.fields,
-                        report,
-                        {"tar": f"{name}.tar", "key": record.key},
-                    )
-                except BadItemError as error:
-                    report.bad("sample", record.where, str(error), skip=config.skip_bad)
-                    continue
-                yield split, sample
+    for unit in huggingface_units(config):
+        yield from _unit_samples(config, unit, report)
+
+
+def huggingface_units(config: HuggingfaceConfig) -> list[Unit]:
+    """One unit for each tar of each split."""
+    return [
+        tar_unit(config.root, tar, split)
+        for split, tars in huggingface_splits(config).items()
+        for tar in tars
+    ]
+
+
+def read_huggingface_unit(
+    config: HuggingfaceConfig, unit: Unit, note: Callable[[str], None]
+) -> Iterator[tuple[str, Sample]]:
+    """The samples of one tar; what is skipped is said to `note`."""
+    return noted(partial(_unit_samples, config, unit), unit, note)
+
+
+def _unit_samples(
+    config: HuggingfaceConfig, unit: Unit, report: ImportReport
+) -> Iterator[tuple[str, Sample]]:
+    name = unit["tar"].removesuffix(".tar")
+    for record in tar_records(unit_tar(config.root, unit), report, skip_bad=config.skip_bad):
+        try:
+            sample = record_sample(
+                record,
+                sample_key(f"{name}/{record.key}"),
+                config.fields,
+                report,
+                {"tar": unit["tar"], "key": record.key},
+            )
+        except BadItemError as error:
+            report.bad("sample", record.where, str(error), skip=config.skip_bad)
+            continue
+        yield unit["split"], sample
 
 
 def huggingface_splits(config: HuggingfaceConfig) -> dict[str, list[Path]]:

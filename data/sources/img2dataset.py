@@ -8,8 +8,9 @@ A tar without its `_stats.json` was cut short. Such output can be streamed in pl
 checks that tar, table and statistics agree, and that every image can be read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,7 @@ from groundwork.data.sources.json_files import member, read_json
 from groundwork.data.sources.keys import sample_key
 from groundwork.data.sources.report import BadItemError, ImportReport
 from groundwork.data.sources.tar_fields import TarFields, record_sample, tar_records
+from groundwork.data.sources.tar_units import Unit, noted, tar_unit, unit_tar
 
 KIND: Final = "img2dataset"
 
@@ -43,18 +45,44 @@ def img2dataset_samples(
 ) -> Iterator[tuple[str, Sample]]:
     """Every fetched image, in the order of the shards' numbers."""
     report = report or ImportReport()
+    for unit in img2dataset_units(config):
+        yield from _unit_samples(config, unit, report)
+
+
+def img2dataset_units(config: Img2datasetConfig) -> list[Unit]:
+    """One unit for each shard of img2dataset."""
     tars = sorted(tar for tar in config.root.glob("*.tar") if tar.stem.isdecimal())
     if not tars:
         raise SourceError(
             f"{config.root}: no NNNNN.tar here; give the output_folder of img2dataset"
         )
-    for tar in tars:
-        try:
-            keys = _expected_keys(tar, config.check_tables)
-        except BadItemError as error:
-            report.bad("shard", str(tar), str(error), skip=config.skip_bad)
-            continue
-        yield from _shard_samples(config, tar, keys, report)
+    return [
+        tar_unit(config.root, tar, config.split, _statistics(tar), tar.with_suffix(".parquet"))
+        for tar in tars
+    ]
+
+
+def read_img2dataset_unit(
+    config: Img2datasetConfig, unit: Unit, note: Callable[[str], None]
+) -> Iterator[tuple[str, Sample]]:
+    """The samples of one shard; what is skipped is said to `note`."""
+    return noted(partial(_unit_samples, config, unit), unit, note)
+
+
+def _unit_samples(
+    config: Img2datasetConfig, unit: Unit, report: ImportReport
+) -> Iterator[tuple[str, Sample]]:
+    tar = unit_tar(config.root, unit)
+    try:
+        keys = _expected_keys(tar, config.check_tables)
+    except BadItemError as error:
+        report.bad("shard", str(tar), str(error), skip=config.skip_bad)
+        return
+    yield from _shard_samples(config, tar, keys, report)
+
+
+def _statistics(tar: Path) -> Path:
+    return tar.with_name(f"{tar.stem}_stats.json")
 
 
 def _shard_samples(
@@ -88,7 +116,7 @@ def _shard_samples(
 
 def _expected_keys(tar: Path, check_table: bool) -> int | set[str]:
     """What the tar must hold: the keys if the table is there, else their number."""
-    statistics = tar.with_name(f"{tar.stem}_stats.json")
+    statistics = _statistics(tar)
     if not statistics.is_file():
         raise BadItemError(
             f"{statistics.name} is missing, so img2dataset has not finished this shard; run it "

@@ -9,8 +9,9 @@ checks every sample, gives keys that are unique over all tars, a manifest, and s
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,7 @@ from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.keys import sample_key
 from groundwork.data.sources.report import BadItemError, ImportReport
 from groundwork.data.sources.tar_fields import TarFields, record_sample, tar_records
+from groundwork.data.sources.tar_units import Unit, noted, tar_unit, unit_tar
 
 KIND: Final = "webdataset"
 
@@ -44,24 +46,45 @@ def webdataset_samples(
 ) -> Iterator[tuple[str, Sample]]:
     """Every sample of every tar, in the order of the tars' paths."""
     report = report or ImportReport()
-    folder = config.root if config.root.is_dir() else config.root.parent
-    for tar in tars_below(config.root):
-        name = tar.relative_to(folder).with_suffix("").as_posix()
-        for record in tar_records(tar, report, skip_bad=config.skip_bad):
-            try:
-                sample = record_sample(
-                    record,
-                    sample_key(f"{name}/{record.key}"),
-                    config.fields,
-                    report,
-                    {"tar": f"{name}.tar", "key": record.key},
-                )
-                if config.check_sha256:
-                    _check_sha256(sample)
-            except BadItemError as error:
-                report.bad("sample", record.where, str(error), skip=config.skip_bad)
-                continue
-            yield config.split, sample
+    for unit in webdataset_units(config):
+        yield from _unit_samples(config, unit, report)
+
+
+def webdataset_units(config: WebdatasetConfig) -> list[Unit]:
+    """One unit for each tar."""
+    return [tar_unit(_folder(config), tar, config.split) for tar in tars_below(config.root)]
+
+
+def read_webdataset_unit(
+    config: WebdatasetConfig, unit: Unit, note: Callable[[str], None]
+) -> Iterator[tuple[str, Sample]]:
+    """The samples of one tar; what is skipped is said to `note`."""
+    return noted(partial(_unit_samples, config, unit), unit, note)
+
+
+def _folder(config: WebdatasetConfig) -> Path:
+    return config.root if config.root.is_dir() else config.root.parent
+
+
+def _unit_samples(
+    config: WebdatasetConfig, unit: Unit, report: ImportReport
+) -> Iterator[tuple[str, Sample]]:
+    name = unit["tar"].removesuffix(".tar")
+    for record in tar_records(unit_tar(_folder(config), unit), report, skip_bad=config.skip_bad):
+        try:
+            sample = record_sample(
+                record,
+                sample_key(f"{name}/{record.key}"),
+                config.fields,
+                report,
+                {"tar": unit["tar"], "key": record.key},
+            )
+            if config.check_sha256:
+                _check_sha256(sample)
+        except BadItemError as error:
+            report.bad("sample", record.where, str(error), skip=config.skip_bad)
+            continue
+        yield unit["split"], sample
 
 
 def tars_below(root: Path) -> list[Path]:

@@ -146,6 +146,28 @@ def test_the_licence_of_a_repository_is_kept(tmp_path: Path) -> None:
     assert open_dataset(str(out)).read(0).text == "blue"
 
 
+def test_tars_are_built_by_any_number_of_processes_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "tars"
+    root.mkdir()
+    for number in range(3):
+        with tarfile.open(root / f"{number}.tar", "w") as tar:
+            for name, content in (("a.jpg", picture((8 + number, 6))), ("b.jpg", b"<html>")):
+                header = tarfile.TarInfo(name)
+                header.size = len(content)
+                tar.addfile(header, io.BytesIO(content))
+    digests = []
+    for workers in ("1", "2"):
+        out = tmp_path / f"out{workers}"
+        arguments = ["shards", "build", "webdataset", str(root), "--out", str(out), "--skip-bad"]
+        assert main([*arguments, "--workers", workers]) == 0
+        assert capsys.readouterr().err.count("skipped: ") == 3
+        digests.append(read_manifest(out).digest())
+        assert read_manifest(out).samples("train") == 3
+    assert digests[0] == digests[1]
+
+
 def test_karpathys_splits_from_the_command_line(tmp_path: Path) -> None:
     root = tmp_path / "k"
     (root / "val2014").mkdir(parents=True)

@@ -27,7 +27,12 @@ from groundwork.data.sources.huggingface import (
     huggingface_samples,
     huggingface_splits,
 )
-from groundwork.data.sources.img2dataset import Img2datasetConfig, img2dataset_samples
+from groundwork.data.sources.img2dataset import (
+    Img2datasetConfig,
+    img2dataset_samples,
+    img2dataset_units,
+    read_img2dataset_unit,
+)
 from groundwork.data.sources.report import ImportReport
 from groundwork.data.sources.tar_fields import TarFields
 from groundwork.data.sources.webdataset_tars import WebdatasetConfig, webdataset_samples
@@ -172,6 +177,29 @@ def test_a_tar_with_an_image_that_its_table_lacks_is_named(fetched: Path, pictur
     pq.write_table(pa.Table.from_pylist(table), fetched / "00000.parquet")
     with pytest.raises(SourceError, match="'000000000': is not among the successes"):
         list(img2dataset_samples(Img2datasetConfig(fetched)))
+
+
+def test_a_shard_is_read_again_when_any_of_its_files_changes(fetched: Path, put: Any) -> None:
+    config = Img2datasetConfig(fetched)
+    units = img2dataset_units(config)
+    assert [unit["tar"] for unit in units] == ["00000.tar", "00001.tar"]
+    assert json.loads(json.dumps(units)) == units == img2dataset_units(config)
+    put(fetched / "00001_stats.json", '{"successes":  2}')
+    assert [a == b for a, b in zip(units, img2dataset_units(config), strict=True)] == [True, False]
+
+
+def test_units_give_the_same_samples_and_tell_what_they_skip(fetched: Path) -> None:
+    without_statistics(fetched)
+    config = Img2datasetConfig(fetched, skip_bad=True)
+    notes: list[str] = []
+    pairs = [
+        pair
+        for unit in img2dataset_units(config)
+        for pair in read_img2dataset_unit(config, unit, notes.append)
+    ]
+    assert pairs == list(img2dataset_samples(config)) and len(pairs) == 2
+    assert len(notes) == 2 and notes[0].startswith("skipped: ")
+    assert notes[1] == "00000.tar: 1 shard skipped"
 
 
 # open_clip, LAION, DataComp
