@@ -17,17 +17,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from groundwork.data.decode import (
-    MAX_PIXELS as MAX_PIXELS,
-)
-from groundwork.data.decode import (
     JpegCrop,
+    decode_image,
     decode_jpeg_crop,
     decode_opened,
     jpeg_turn,
     open_image,
-)
-from groundwork.data.decode import (
-    decode_image as decode_image,
 )
 from groundwork.data.samples import SampleError
 

@@ -84,7 +84,8 @@ struct Huffman {
         pairs[ahead] = 0;
         continue;
       }
-      int bits = first.bits, at = first.run, next = first.run + 1, value = 0;
+      // without a second coefficient a zero is written where the next one will be
+      int bits = first.bits, at = first.run + 1, next = first.run + 1, value = 0;
       if (first.run < kEndOfBlock - 1) {
         const uint32_t rest = (ahead << bits) & ((1u << kLookAhead) - 1);
         const Coefficient second = coefficient(rest, kLookAhead - bits);
@@ -185,7 +186,8 @@ inline bool read_block(Bits& bits, const Huffman& dc, const Huffman& ac, int& pr
     const uint64_t pair = ac.pairs[bits.peek(kLookAhead)];
     const int first = k + static_cast<int>(pair >> 8 & 255);
     // behind the last coefficient of a full block comes the next block, not a second coefficient
-    if (__builtin_expect(pair != 0 && first != 63, 1)) {
+    const bool has_next = first < 63 || first >= kEndOfBlock;
+    if (__builtin_expect(pair != 0 && has_next, 1)) {
       bits.drop(pair & 63);
       keep(first, static_cast<int16_t>(pair >> 32));
       keep(k + (pair >> 16 & 255), static_cast<int16_t>(pair >> 48));
@@ -293,15 +295,26 @@ inline void transform2(const Lanes* in, Lanes* out) {
   out[0] = descale<Shift + 2>(first + odd), out[1] = descale<Shift + 2>(first - odd);
 }
 
-inline uint8_t level(int32_t x) {
-  return static_cast<uint8_t>(std::min(std::max(x, -128), 127) + 128);
+// The library's vector code has 16 bits between its passes. No picture needs them: what would not
+// fit is noted, and the file is left to the library.
+constexpr int kMostInColumn = 5800, kMostInRow = 32767;
+
+inline void note_beyond(const Lanes* lines, int most, SignedLanes& beyond) {
+  SignedLanes sum = {};
+  for (int i = 0; i < 8; i++) {
+    const auto x = (SignedLanes)lines[i];
+    sum += x < 0 ? -x : x;
+  }
+  beyond |= sum > most;
 }
 
 // A block -> Size x Size samples.
 template <int Size>
-void inverse_dct(const int16_t* block, bool flat, uint8_t* to, size_t stride) {
+void inverse_dct(const int16_t* block, bool flat, uint8_t* to, size_t stride,
+                 SignedLanes& beyond) {
   if (Size == 1 || flat) {
-    const uint8_t value = level((block[0] + 4) >> 3);
+    if (block[0] > kMostInColumn || block[0] < -kMostInColumn) beyond |= 1;
+    const int value = std::min(std::max(((block[0] + 4) >> 3) + 128, 0), 255);
     for (int row = 0; row < Size; row++) std::memset(to + row * stride, value, Size);
     return;
   }
@@ -311,10 +324,12 @@ void inverse_dct(const int16_t* block, bool flat, uint8_t* to, size_t stride) {
     std::memcpy(&coefficients, block + 8 * row, sizeof coefficients);
     lines[row] = (Lanes)__builtin_convertvector(coefficients, SignedLanes);
   }
+  note_beyond(lines, kMostInColumn, beyond);
   if (Size == 8) transform8<11>(lines, pass);
   if (Size == 4) transform4<11>(lines, pass);
   if (Size == 2) transform2<11>(lines, pass);
   transpose(pass, lines);
+  note_beyond(lines, kMostInRow, beyond);
   if (Size == 8) transform8<18>(lines, pass);
   if (Size == 4) transform4<18>(lines, pass);
   if (Size == 2) transform2<18>(lines, pass);
@@ -328,11 +343,12 @@ void inverse_dct(const int16_t* block, bool flat, uint8_t* to, size_t stride) {
   }
 }
 
-void to_samples(int size, const int16_t* block, bool flat, uint8_t* to, size_t stride) {
-  if (size == 8) inverse_dct<8>(block, flat, to, stride);
-  if (size == 4) inverse_dct<4>(block, flat, to, stride);
-  if (size == 2) inverse_dct<2>(block, flat, to, stride);
-  if (size == 1) inverse_dct<1>(block, flat, to, stride);
+void to_samples(int size, const int16_t* block, bool flat, uint8_t* to, size_t stride,
+                SignedLanes& beyond) {
+  if (size == 8) inverse_dct<8>(block, flat, to, stride, beyond);
+  if (size == 4) inverse_dct<4>(block, flat, to, stride, beyond);
+  if (size == 2) inverse_dct<2>(block, flat, to, stride, beyond);
+  if (size == 1) inverse_dct<1>(block, flat, to, stride, beyond);
 }
 
 struct Range {
@@ -438,6 +454,10 @@ bool Decoder::huffman_tables(const uint8_t* at, size_t size) {
     int total = 0;
     for (int i = 1; i <= 16; i++) total += at[i];
     if (id > 3 || kind > 1 || total > 256 || size < 17 + static_cast<size_t>(total)) return false;
+    // the library refuses lengths of a mean that cannot be, though no block may have them
+    for (int i = 0; i < total && !kind; i++) {
+      if (at[17 + i] > 15) return false;
+    }
     if (!(kind ? ac : dc)[id].build(at + 1, at + 17, total, kind)) return false;
     at += 17 + total, size -= 17 + static_cast<size_t>(total);
   }
@@ -447,6 +467,7 @@ bool Decoder::huffman_tables(const uint8_t* at, size_t size) {
 bool Decoder::frame(const uint8_t* at, size_t size) {
   if (components || size < 6 || at[0] != 8) return false;
   if ((at[1] << 8 | at[2]) != height || (at[3] << 8 | at[4]) != width) return false;
+  if (width > 65500 || height > 65500) return false;  // the library's limit
   const int count = at[5];
   if ((count != 1 && count != 3) || size != 6 + 3 * static_cast<size_t>(count)) return false;
   for (int i = 0; i < count; i++) {
@@ -553,6 +574,7 @@ bool Decoder::read_blocks() {
     rows = std::max(rows, divide_up(component[i].blocks_y.end, component[i].v));
   }
   alignas(32) int16_t block[72];
+  SignedLanes beyond = {};
   const int64_t end = static_cast<int64_t>(rows) * groups_x;
   for (int64_t group = 0; group < end;) {
     const int64_t segment = group / interval;
@@ -588,13 +610,16 @@ bool Decoder::read_blocks() {
             uint8_t* to = c.plane.data() +
                           static_cast<size_t>(by - c.blocks_y.begin) * c.size * c.stride +
                           static_cast<size_t>(bx - c.blocks_x.begin) * c.size;
-            to_samples(c.size, block, flat, to, c.stride);
+            to_samples(c.size, block, flat, to, c.stride, beyond);
           }
         }
       }
       if (bits.next - bits.count / 8 > stop) return false;  // more than the file has
       if (++gx == groups_x) gx = 0, gy++;
     }
+  }
+  for (int i = 0; i < 8; i++) {
+    if (beyond[i]) return false;
   }
   return true;
 }
