@@ -95,15 +95,22 @@ def _collection_of_run(
     from groundwork.pretrain.recipe import load_recipe
 
     recipe = load_recipe(str(run / RECIPE))
+    if recipe.data.sources:
+        folders = ", ".join(source.shards for source in recipe.data.sources)
+        raise ShardError(
+            f"{run} mixes several data sets, and one is shown at a time: leave out --run and name "
+            f"one of {folders}"
+        )
+    assert recipe.data.shards is not None
     data = recipe.data if directory is None else replace(recipe.data, shards=directory)
-    dataset, index = open_training_data(data)
+    opened = open_training_data(data)
     trained_on = _dataset_digest(run)
-    if trained_on is not None and trained_on != dataset.digest:
+    if trained_on is not None and trained_on != opened.digests()["dataset"]:
         raise ShardError(
             f"{data.shards} is not what {run} was trained on, or has changed since; name the data "
             "set it was trained on, or leave out --run"
         )
-    stream = open_stream(data, dataset, index, recipe.train.seed)
+    stream = open_stream(data, opened, recipe.train.seed)
 
     def order(position: int) -> int:
         return stream.locate([position])[0][1]
@@ -120,7 +127,7 @@ def _collection_of_run(
         check=check,
         global_batch=recipe.train.global_batch,
         step=step,
-        knowledge=knowledge or index,
+        knowledge=knowledge or opened.knowledge,
     )
 
 

@@ -84,12 +84,12 @@ def _run_rank(
     stop.requested = stop.requested or bool(early)
     recipe = load_recipe(recipe_name, overrides)
     batch_plan(recipe, int(os.environ.get("WORLD_SIZE", "1")), rank)
-    dataset, index = check_inputs(recipe, Path(out))
+    data = check_inputs(recipe, Path(out))
     if stop.requested and (status := _stopped_early()) is not None:
         return status
     world = start_process_group(timeout_s)
     with foreground(enabled=world.is_main):
-        done = pretrain(recipe, Path(out), world, stop, dataset, index)
+        done = pretrain(recipe, Path(out), world, stop, data)
     if world.is_main:
         if done < recipe.train.steps:
             print(

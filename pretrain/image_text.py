@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from groundwork.data.dataset import Dataset, open_dataset
+from groundwork.data.dataset import Dataset
+from groundwork.data.decode import JpegCrop
 from groundwork.data.knowledge.augment import augment_prompt, training_path_text
 from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.knowledge.senses import Knowledge, find_knowledge
@@ -23,7 +24,20 @@ from groundwork.data.samples import Concept, Sample, SampleError, class_label
 from groundwork.data.stream import Source, Stream
 from groundwork.data.text import ALPHABET_SIZE, ClipTokenizer, load_tokenizer, train_tokenizer
 from groundwork.data.transforms import ImageTransform, training_image
+from groundwork.kernels.jpeg_crop import find_jpeg_crop
 from groundwork.pretrain.objectives.contrastive import UNIQUE
+from groundwork.pretrain.training_data import (
+    LABELS_PER_SOURCE,
+    CacheSettings,
+    SourceConfig,
+    TrainingData,
+    WeightChange,
+    check_block,
+    check_sources,
+    make_mixture,
+    open_datasets,
+    open_knowledge_index,
+)
 
 
 @dataclass(frozen=True)
@@ -71,15 +85,24 @@ class KnowledgeConfig:
 class ImageTextConfig:
     """The `data` section.
 
-    shards: a data set folder, or a folder or pattern of WebDataset tars.
+    shards: a data set folder or URL, or a folder, pattern or URL of WebDataset tars.
+    sources: several data sets instead, mixed by weight; weight_changes: their schedule. Exact in
+        every prefix of the run. Classes of different sources are different classes.
+    shuffle_block: samples shuffled together, in whole shards; null shuffles the whole data set,
+        which reads from all shards at once. `groundwork shards order` shows what that means.
+    cache: where blocks of remote files are kept on local disk.
     templates: `imagenet` draws from the 81 training templates, `plain` uses the bare name.
     bad_sample_budget: fraction of the samples read that may be quarantined before the run stops.
     workers: decoding processes per rank (0: decode in the rank itself). prefetch: batches that
         each of them decodes ahead.
     """
 
-    shards: str
+    shards: str | None = None
     split: str = "train"
+    sources: tuple[SourceConfig, ...] = ()
+    weight_changes: tuple[WeightChange, ...] = ()
+    shuffle_block: int | None = None
+    cache: CacheSettings | None = None
     image: ImageTransform = field(default_factory=ImageTransform)
     templates: Literal["imagenet", "plain"] = "imagenet"
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -90,6 +113,8 @@ class ImageTextConfig:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
+        check_sources(self.shards, self.sources, self.weight_changes)
+        check_block("data.shuffle_block", self.shuffle_block)
         if not 0 <= self.bad_sample_budget <= 1:
             raise ValueError(
                 f"data.bad_sample_budget is {self.bad_sample_budget}; it is a fraction, 0 to 1"
@@ -114,7 +139,11 @@ class Example(NamedTuple):
 
 
 class ImageTextDecoder:
-    """Sample -> Example. Used by every worker; the knowledge index is memory-mapped."""
+    """Sample -> Example. Used by every worker; the knowledge index is memory-mapped.
+
+    first_label: added to class indices, so that those of other data sets are other classes.
+    jpeg_crop: decodes parts of JPEGs, see `training_image`.
+    """
 
     def __init__(
         self,
@@ -123,8 +152,12 @@ class ImageTextDecoder:
         templates: Sequence[str],
         index: KnowledgeIndex | None,
         knowledge: KnowledgeConfig,
+        first_label: int = 0,
+        jpeg_crop: JpegCrop | None = None,
     ) -> None:
         self.image = image
+        self.first_label = first_label
+        self.jpeg_crop = jpeg_crop
         self.names = {
             concept.label: tuple(map(clean_class_name, (concept.name, *concept.aliases)))
             for concept in concepts
@@ -136,12 +169,15 @@ class ImageTextDecoder:
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Example:
         label = class_label(sample)
-        image = training_image(sample.image, self.image, rng)
+        image = training_image(sample.image, self.image, rng, jpeg_crop=self.jpeg_crop)
         if label == UNIQUE:
             if not sample.text:
                 raise SampleError("neither a class (json.label) nor a caption (txt)")
             return Example(image, sample.text, UNIQUE)
-        return Example(image, self.prompt(label, sample.text, rng), label)
+        prompt = self.prompt(label, sample.text, rng)
+        if self.first_label and label >= LABELS_PER_SOURCE:
+            raise SampleError(f"json.label is {label}; in a mixture at most {LABELS_PER_SOURCE:,}")
+        return Example(image, prompt, self.first_label + label)
 
     def prompt(self, label: int, text: str, rng: np.random.Generator) -> str:
         """A fresh prompt for a class. text: stands in for the name of a class without concept."""
@@ -179,25 +215,23 @@ class ImageTextCollate:
         }
 
 
-def open_knowledge(config: KnowledgeConfig) -> KnowledgeIndex | None:
-    return None if config.index is None else KnowledgeIndex(Path(config.index))
-
-
 def make_tokenizer(
-    config: TokenizerConfig,
-    dataset: Dataset,
-    index: KnowledgeIndex | None,
-    context_length: int,
+    config: TokenizerConfig, data: TrainingData, context_length: int
 ) -> ClipTokenizer:
-    """Load the tokenizer a recipe names, or learn one from the data set and its knowledge."""
+    """Load the tokenizer a recipe names, or learn one from the data and its knowledge."""
     if config.path is not None:
         return load_tokenizer(Path(config.path), context_length)
-    return train_tokenizer(_corpus(dataset, index), config.vocab_size, context_length)
+    return train_tokenizer(_corpus(data), config.vocab_size, context_length)
 
 
-def _corpus(dataset: Dataset, index: KnowledgeIndex | None) -> Iterator[str]:
-    """Names, templates and, per concept, knowledge; captions of a data set without concepts."""
+def _corpus(data: TrainingData) -> Iterator[str]:
+    """Names, templates and, per concept, knowledge; captions of data sets without concepts."""
     yield from TRAINING_TEMPLATES
+    for dataset in data.datasets.values():
+        yield from _texts(dataset, data.knowledge)
+
+
+def _texts(dataset: Dataset, index: KnowledgeIndex | None) -> Iterator[str]:
     for concept in dataset.concepts:
         yield from (concept.name, *concept.aliases)
         found = None if index is None else find_knowledge(index, concept.name)
@@ -206,23 +240,44 @@ def _corpus(dataset: Dataset, index: KnowledgeIndex | None) -> Iterator[str]:
             yield " , ".join(found.path)
     if not dataset.concepts:
         # evenly spaced, so that the first shards do not decide the vocabulary
-        for i in np.linspace(0, len(dataset) - 1, min(len(dataset), 100_000)).astype(int):
-            yield dataset.read(int(i)).text
+        numbers = np.linspace(0, len(dataset) - 1, min(len(dataset), 100_000)).astype(int)
+        for some in np.array_split(numbers, -(-len(numbers) // 256)):
+            for sample in dataset.read_many(some.tolist()):
+                if not isinstance(sample, SampleError):
+                    yield sample.text
 
 
 TEMPLATES: Mapping[str, Sequence[str]] = {"imagenet": TRAINING_TEMPLATES, "plain": ("{}",)}
 
 
-def open_stream(
-    config: ImageTextConfig, dataset: Dataset, index: KnowledgeIndex | None, seed: int
-) -> Stream[Example]:
+def open_stream(config: ImageTextConfig, data: TrainingData, seed: int) -> Stream[Example]:
     """The training stream of a recipe's `data` section."""
-    decoder = ImageTextDecoder(
-        config.image, dataset.concepts, TEMPLATES[config.templates], index, config.knowledge
-    )
-    return Stream([Source(dataset, decoder)], seed=seed, shuffle=config.shuffle)
+    jpeg_crop = find_jpeg_crop()
+    blocks = {source.name: source.shuffle_block for source in config.sources}
+    sources = [
+        Source(
+            dataset,
+            ImageTextDecoder(
+                config.image,
+                dataset.concepts,
+                TEMPLATES[config.templates],
+                data.knowledge,
+                config.knowledge,
+                first_label=number * LABELS_PER_SOURCE,
+                jpeg_crop=jpeg_crop,
+            ),
+            name,
+            blocks.get(name) or config.shuffle_block,
+        )
+        for number, (name, dataset) in enumerate(data.datasets.items())
+    ]
+    mixture = make_mixture(config.sources, config.weight_changes)
+    return Stream(sources, seed=seed, shuffle=config.shuffle, mixture=mixture)
 
 
-def open_training_data(config: ImageTextConfig) -> tuple[Dataset, KnowledgeIndex | None]:
+def open_training_data(config: ImageTextConfig) -> TrainingData:
     """Open what the `data` section names; every missing or damaged file is found here."""
-    return open_dataset(config.shards, config.split), open_knowledge(config.knowledge)
+    return TrainingData(
+        open_datasets(config.shards, config.split, config.sources, config.cache),
+        open_knowledge_index(config.knowledge.index),
+    )

@@ -98,7 +98,7 @@ class Recipe:
 _ADAPTER = TypeAdapter(Recipe)
 
 #: Parts of a recipe that may differ when a run is resumed: they do not decide what is computed.
-FREE_ON_RESUME = ("checkpoint", "monitor", "data.workers", "data.prefetch")
+FREE_ON_RESUME = ("checkpoint", "monitor", "data.workers", "data.prefetch", "data.cache")
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -301,7 +301,7 @@ def _known_keys(path: Sequence[str]) -> list[str]:
 def _dataclass_members(hint: Any) -> list[type]:
     if typing.get_origin(hint) is typing.Annotated:
         return _dataclass_members(typing.get_args(hint)[0])
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):
         return [kind for arg in typing.get_args(hint) for kind in _dataclass_members(arg)]
     return [hint] if isinstance(hint, type) and is_dataclass(hint) else []
 

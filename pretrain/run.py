@@ -1,11 +1,9 @@
 """A pretraining run: recipe -> data, model, objective, DeepSpeed engine -> loop -> checkpoints."""
 
 import copy
-import hashlib
-import json
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,8 +16,6 @@ from torch import Tensor, nn
 
 from groundwork.data.atomic import write_atomically
 from groundwork.data.batch_plan import BatchPlan
-from groundwork.data.dataset import Dataset
-from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.shards import CONCEPTS
 from groundwork.data.text import ClipTokenizer, load_tokenizer
 from groundwork.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -48,11 +44,10 @@ from groundwork.pretrain.image_text import (
 from groundwork.pretrain.models.klite import build_klite
 from groundwork.pretrain.objectives.unicl import Unicl
 from groundwork.pretrain.recipe import Recipe, RecipeError, differences, recipe_to_dict
+from groundwork.pretrain.training_data import TrainingData
 
 TOKENIZER = "tokenizer"
 RECIPE = "recipe.yaml"
-#: Bytes before the header of a knowledge index.
-PRELUDE_BYTES = 24
 
 MODELS: Final[Mapping[str, Callable[[Any], nn.Module]]] = {"klite": build_klite}
 OBJECTIVES: Final[Mapping[str, Callable[..., nn.Module]]] = {"unicl": Unicl}
@@ -74,21 +69,19 @@ def batch_plan(recipe: Recipe, world_size: int, rank: int) -> BatchPlan:
     return plan
 
 
-def check_inputs(recipe: Recipe, out: Path) -> tuple[Dataset, KnowledgeIndex | None]:
+def check_inputs(recipe: Recipe, out: Path) -> TrainingData:
     """Everything that can be wrong before the first process group: data, knowledge, `out` itself.
 
     Returns the opened data. Raises the error that the user is to see.
     """
-    dataset, index = open_training_data(recipe.data)
-    _resumable(recipe, out, dataset, index)
+    data = open_training_data(recipe.data)
+    _resumable(recipe, out, data)
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; --out names a folder")
-    return dataset, index
+    return data
 
 
-def _resumable(
-    recipe: Recipe, out: Path, dataset: Dataset, index: KnowledgeIndex | None
-) -> Path | None:
+def _resumable(recipe: Recipe, out: Path, data: TrainingData) -> Path | None:
     """The checkpoint to go on from. Raises CheckpointError where it is of another run than this."""
     checkpoint = find_checkpoint(out)
     if checkpoint is None:
@@ -102,10 +95,11 @@ def _resumable(
             f"To go on with it, use the recipe it was made with ({out / RECIPE}); to start "
             "afresh, choose another --out"
         )
-    now = digests(dataset, index)
+    now = data.digests()
+    shards = recipe.data.shards or ", ".join(s.shards for s in recipe.data.sources)
     for kind, what in (
-        ("dataset", f"on another data set than {recipe.data.shards} holds now"),
-        ("concepts", f"with other class names than {recipe.data.shards} has now ({CONCEPTS})"),
+        ("dataset", f"on another data set than {shards} holds now"),
+        ("concepts", f"with other class names than {shards} has now ({CONCEPTS})"),
         ("knowledge", f"with another knowledge index than {recipe.data.knowledge.index} is now"),
     ):
         if getattr(state, kind) != now[kind]:
@@ -116,28 +110,12 @@ def _resumable(
     return checkpoint
 
 
-def digests(dataset: Dataset, index: KnowledgeIndex | None) -> dict[str, str]:
-    """What tells the content of the data apart, for `RunState`."""
-    concepts = json.dumps([asdict(concept) for concept in dataset.concepts], sort_keys=True)
-    knowledge = ""
-    if index is not None:
-        # holds the checksum of the header, which holds that of the rest
-        with index.path.open("rb") as file:
-            knowledge = file.read(PRELUDE_BYTES).hex()
-    return {
-        "dataset": dataset.digest,
-        "concepts": hashlib.sha256(concepts.encode()).hexdigest(),
-        "knowledge": knowledge,
-    }
-
-
 def pretrain(
     recipe: Recipe,
     out: Path,
     world: World,
     stop: StopRequest,
-    dataset: Dataset,
-    index: KnowledgeIndex | None,
+    data: TrainingData,
 ) -> int:
     """Run `recipe` in folder `out`, from its last checkpoint if it has one. Returns steps done.
 
@@ -146,7 +124,7 @@ def pretrain(
     plan = batch_plan(recipe, world.size, world.rank)
     settings = engine_settings(recipe, plan)
     with locked_run(out, world):
-        return _pretrain(recipe, out, world, stop, dataset, index, plan, settings)
+        return _pretrain(recipe, out, world, stop, data, plan, settings)
 
 
 def _pretrain(
@@ -154,15 +132,14 @@ def _pretrain(
     out: Path,
     world: World,
     stop: StopRequest,
-    dataset: Dataset,
-    index: KnowledgeIndex | None,
+    data: TrainingData,
     plan: BatchPlan,
     settings: dict[str, Any],
 ) -> int:
     # once more, as another job may have held the folder until now
-    checkpoint = _resumable(recipe, out, dataset, index)
+    checkpoint = _resumable(recipe, out, data)
     is_new = checkpoint is None
-    tokenizer = _shared_tokenizer(recipe, out, world, dataset, index, is_new=is_new)
+    tokenizer = _shared_tokenizer(recipe, out, world, data, is_new=is_new)
     engine, initial = _build_engine(recipe, settings, tokenizer, world)
     state = RunState(
         step=0,
@@ -170,7 +147,7 @@ def _pretrain(
         world_size=world.size,
         recipe=recipe_to_dict(recipe),
         bad_samples=0,
-        **digests(dataset, index),
+        **data.digests(),
     )
     if checkpoint is not None:
         state = replace(load_checkpoint(engine, checkpoint, world), recipe=recipe_to_dict(recipe))
@@ -207,7 +184,7 @@ def _pretrain(
     try:
         return train(
             engine,
-            open_stream(recipe.data, dataset, index, recipe.train.seed),
+            open_stream(recipe.data, data, recipe.train.seed),
             ImageTextCollate(tokenizer),
             Loop(
                 first_step=state.step,
@@ -257,8 +234,7 @@ def _shared_tokenizer(
     recipe: Recipe,
     out: Path,
     world: World,
-    dataset: Dataset,
-    index: KnowledgeIndex | None,
+    data: TrainingData,
     *,
     is_new: bool,
 ) -> ClipTokenizer:
@@ -268,7 +244,7 @@ def _shared_tokenizer(
     """
     folder, context = out / TOKENIZER, recipe.model.text.context_length
     if world.is_main and (is_new or not folder.is_dir()):
-        make_tokenizer(recipe.data.tokenizer, dataset, index, context).save(folder)
+        make_tokenizer(recipe.data.tokenizer, data, context).save(folder)
     dist.barrier()
     return load_tokenizer(folder, context)
 

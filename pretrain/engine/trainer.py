@@ -103,7 +103,7 @@ def train(
             metrics = {
                 "step": done,
                 "samples": samples,
-                "epoch": min(stream.epochs(samples).values()),
+                **_epochs(stream, samples),
                 "seconds": now - began,
                 **means,
                 "lr": lr,
@@ -122,6 +122,13 @@ def train(
     if done > saved:
         _save(engine, losses, quarantine, done, loop, world)
     return done
+
+
+def _epochs(stream: Stream[Any], samples: int) -> dict[str, float]:
+    """How often the data has been gone through: of a mixture, the least of its sources and each."""
+    epochs = stream.epochs(samples)
+    each = {f"epoch/{name}": epoch for name, epoch in epochs.items() if name}
+    return {"epoch": min(epochs.values()), **each}
 
 
 def _save(

@@ -121,7 +121,7 @@ def test_a_step_of_a_run_shows_what_its_own_decoder_let_through(
     ]
     server.end(signal.SIGTERM)
 
-    stream = open_stream(recipe.data, *open_training_data(recipe.data), seed=11)
+    stream = open_stream(recipe.data, open_training_data(recipe.data), seed=11)
     examples, faults = stream.__getitems__(list(range(start, start + batch)))
     assert [entry["text"] for entry in shown] == [example.text for example in examples]
     replaced = [(e["position"], bad["key"], bad["reason"]) for e in shown for bad in e["replaced"]]

@@ -108,7 +108,7 @@ def test_what_a_recipe_leaves_out_has_its_default(write: Writer) -> None:
             "",
             r":11: key 'train\.steps' is missing; add it, or pass --set train\.steps",
         ),
-        ("shards: somewhere", "split: train", r":9: key 'data\.shards' is missing"),
+        ("shards: somewhere", "split: train", r":9: data\.shards is missing"),
         ("objective: {kind: unicl}\n", "", r"mine\.yaml: key 'objective' is missing"),
         ("steps: 10", "steps: many", r":12: train\.steps: .*valid integer.*'many'"),
         ("steps: 10", "steps: 1.5", r":12: train\.steps: .*integer.*1\.5"),

@@ -160,8 +160,8 @@ def main(recipe_path: str, folder: str) -> None:
         return write(engine, out, *arguments)
 
     def train(recipe: Recipe, out: Path) -> None:
-        dataset, index = run.check_inputs(recipe, out)
-        assert run.pretrain(recipe, out, world, stop, dataset, index) == recipe.train.steps
+        data = run.check_inputs(recipe, out)
+        assert run.pretrain(recipe, out, world, stop, data) == recipe.train.steps
 
     run.save_checkpoint = save_and_note
     for stage, precision in CASES:
