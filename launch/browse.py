@@ -101,13 +101,14 @@ def _collection_of_run(
             f"{run} mixes several data sets, and one is shown at a time: leave out --run and name "
             f"one of {folders}"
         )
-    assert recipe.data.shards is not None
-    data = recipe.data if directory is None else replace(recipe.data, shards=directory)
+    shards = directory or recipe.data.shards
+    assert shards is not None
+    data = replace(recipe.data, shards=shards)
     opened = open_training_data(data)
     trained_on = _dataset_digest(run)
     if trained_on is not None and trained_on != opened.digests()["dataset"]:
         raise ShardError(
-            f"{data.shards} is not what {run} was trained on, or has changed since; name the data "
+            f"{shards} is not what {run} was trained on, or has changed since; name the data "
             "set it was trained on, or leave out --run"
         )
     stream = open_stream(data, opened, recipe.train.seed)
@@ -119,7 +120,7 @@ def _collection_of_run(
         return stream.sources[0].decoder(sample, sample_generator(recipe.train.seed, position))
 
     return Collection(
-        data.shards,
+        shards,
         trained=data.split,
         seed=recipe.train.seed,
         shuffle=data.shuffle,

@@ -112,6 +112,11 @@ class ImageTextConfig:
     workers: int = 2
     prefetch: int = 4
 
+    @property
+    def where(self) -> str:
+        """The data sets, for messages."""
+        return self.shards or ", ".join(source.shards for source in self.sources)
+
     def __post_init__(self) -> None:
         check_sources(self.shards, self.sources, self.weight_changes)
         check_block("data.shuffle_block", self.shuffle_block)

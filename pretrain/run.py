@@ -96,10 +96,9 @@ def _resumable(recipe: Recipe, out: Path, data: TrainingData) -> Path | None:
             "afresh, choose another --out"
         )
     now = data.digests()
-    shards = recipe.data.shards or ", ".join(s.shards for s in recipe.data.sources)
     for kind, what in (
-        ("dataset", f"on another data set than {shards} holds now"),
-        ("concepts", f"with other class names than {shards} has now ({CONCEPTS})"),
+        ("dataset", f"on another data set than {recipe.data.where} holds now"),
+        ("concepts", f"with other class names than {recipe.data.where} has now ({CONCEPTS})"),
         ("knowledge", f"with another knowledge index than {recipe.data.knowledge.index} is now"),
     ):
         if getattr(state, kind) != now[kind]:

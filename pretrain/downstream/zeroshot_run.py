@@ -45,6 +45,11 @@ def evaluate_zeroshot(
     """
     trained = load_trained(checkpoint)
     directory = shards or trained.recipe.data.shards
+    if directory is None:
+        raise ShardError(
+            f"{checkpoint} was trained on several data sets ({trained.recipe.data.where}); name "
+            "the one to evaluate on"
+        )
     concepts = open_dataset(directory, _any_split(directory)).concepts
     if not concepts:
         raise ShardError(

@@ -199,7 +199,7 @@ library_name: {"transformers" if kind == "hf" else "groundwork"}
 ---
 # {recipe.model.kind}, step {trained.state.step}
 
-{MADE_BY} {version("groundwork-pretrain")} on `{recipe.data.shards}`
+{MADE_BY} {version("groundwork-pretrain")} on `{recipe.data.where}`
 (manifest `{trained.state.dataset}`), {trained.state.position:,} samples seen.
 
 ```python
