@@ -139,8 +139,10 @@ class TarReader:
         position = 0
         while position < len(content) and content[position]:
             blank = content.find(b" ", position, position + 20)
-            digits = content[position:blank] if blank > 0 else b""
-            end = position + (int(digits) if digits.isdigit() else 0)
+            digits = content[position:blank] if blank > position else b""
+            if not digits.isdigit():
+                self._damaged(offset + position)
+            end = position + int(digits)
             keyword, equals, value = content[blank + 1 : end - 1].partition(b"=")
             if not blank < end <= len(content) or not equals or content[end - 1 : end] != b"\n":
                 self._damaged(offset + position)

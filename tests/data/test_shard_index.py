@@ -542,6 +542,7 @@ def test_pax_headers_name_members_and_others_are_passed_over(tmp_path: Path) -> 
         (b"12 path=x\n", "damaged"),
         (b"9 path=x", "damaged"),
         (b"path=x\n", "damaged"),
+        (b"9 path=x\n" + b"=" * 30, "damaged"),
         (b"-9 path=x\n", "damaged"),
         (b"99999999999999999999 path=x\n", "damaged"),
         (b"10 size=x\n", "damaged"),
@@ -682,3 +683,23 @@ def test_the_digest_is_the_one_that_is_specified(pictures: Path) -> None:
     parts += [int(end).to_bytes(8, "little") for end in ends]
     parts += [index.key(row).encode() for row in range(len(index))]
     assert hashlib.sha256(b"".join(parts)).hexdigest() == index.digest()
+
+
+@settings(in_folder, max_examples=300)
+@given(
+    pieces=st.lists(
+        st.sampled_from(
+            ["9", "16", "99", "-1", " ", "=", "\n", "path", "size", "b.jpg", "1", "GNU.sparse.x"]
+        ),
+        max_size=14,
+    ),
+    kind=st.sampled_from([tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME]),
+)
+def test_any_extension_header_is_read_or_refused(
+    pieces: list[str], kind: bytes, tmp_path: Path
+) -> None:
+    tar = pax_tar(tmp_path / "x.tar", "".join(pieces).encode(), kind)
+    try:
+        content(scan_tar(tar), tar)
+    except ShardError as error:
+        assert re.match(r".*x\.tar: ", str(error))
