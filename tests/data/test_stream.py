@@ -16,6 +16,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from groundwork.data.batch_plan import BatchPlan
 from groundwork.data.dataset import Dataset, open_dataset
+from groundwork.data.mixture import Mixture
 from groundwork.data.order import GlobalOrder
 from groundwork.data.samples import Sample, SampleError
 from groundwork.data.shards import write_shards
@@ -257,3 +258,57 @@ def test_sample_errors_of_the_decoder_are_quarantined(good: Stream[Example]) -> 
 
     _, faults = run(Stream([Source(dataset_of(good), picky)], seed=3), 1, 0)
     assert {(fault.key, fault.reason) for fault in faults} == {("k03", "no caption")}
+
+
+GRID = [(ranks, workers) for ranks in (1, 2, 3, 5, 8) for workers in (0, 1, 2, 4)]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Stream[Example]:
+    """Two data sets at 0.7 and 0.3, then at 0.5 and 0.5; one of them in blocks; some bad."""
+    folder = tmp_path_factory.mktemp("mixed")
+    a = build(folder / "a")
+    b = build(folder / "b", lambda i, image: b"<html>" if i % 9 == 0 else image)
+    sources = [Source(a, decode, "a"), Source(b, decode, "b", block=8)]
+    return Stream(sources, seed=5, mixture=Mixture({0: [0.7, 0.3], 30: [0.5, 0.5]}))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("ranks", "workers"), GRID)
+def test_a_mixture_is_read_alike_by_any_ranks_and_workers(
+    ranks: int, workers: int, mixed: Stream[Example]
+) -> None:
+    """13 samples a step divide by none of the numbers of ranks but one."""
+    global_batch, steps = 13, 5
+    expected, faults = mixed.__getitems__(list(range(steps * global_batch)))
+    plans = [BatchPlan(global_batch, 2, ranks, rank) for rank in range(ranks)]
+    read = [
+        list(mixed.batches(plan, as_list, first_step=0, last_step=steps, workers=workers))
+        for plan in plans
+    ]
+    in_turn = [batch for micro_step in zip(*read, strict=True) for batch in micro_step]
+    assert [(e.key, e.pixels) for batch in in_turn for e in batch.data] == [
+        (e.key, e.pixels) for e in expected
+    ]
+    assert [fault for batch in in_turn for fault in batch.faults] == list(faults)
+    assert faults
+
+
+def test_each_source_of_a_mixture_comes_once_per_epoch(mixed: Stream[Example]) -> None:
+    places = mixed.locate(range(200))
+    for number in range(2):
+        indices = [index for source, index in places if source == number]
+        for epoch in range(len(indices) // SAMPLES):
+            assert sorted(indices[epoch * SAMPLES :][:SAMPLES]) == list(range(SAMPLES))
+    assert mixed.epochs(200) == {
+        name: sum(source == number for source, _ in places) / SAMPLES
+        for number, name in enumerate("ab")
+    }
+
+
+def test_sources_and_mixture_belong_together(good: Stream[Example]) -> None:
+    source = good.sources[0]
+    with pytest.raises(ValueError, match="2 sources, but the mixture is of 1"):
+        Stream([source, Source(source.dataset, decode, "b")], seed=0)
+    with pytest.raises(ValueError, match="each must be its own"):
+        Stream([source, source], seed=0, mixture=Mixture([1, 1]))
