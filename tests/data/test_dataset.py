@@ -1,5 +1,6 @@
 import errno
 import io
+import json
 import pickle
 import resource
 import tarfile
@@ -12,6 +13,7 @@ from PIL import Image
 
 from groundwork.data import shard_table
 from groundwork.data.dataset import Dataset, open_dataset
+from groundwork.data.order import BlockOrder
 from groundwork.data.samples import Concept, Sample, SampleError
 from groundwork.data.shard_index import ShardError
 from groundwork.data.shards import write_shards
@@ -291,3 +293,40 @@ def test_the_digest_of_plain_tars_follows_their_content(img2dataset: Path) -> No
 
 def test_an_empty_data_set_has_length_zero() -> None:
     assert len(Dataset(LocalStorage("."), [], "")) == 0
+
+
+def test_opening_in_the_middle_of_many_shards_touches_none_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10^6 samples in 10^4 shards, all of them links to one; the order is by blocks."""
+    shard = [("train", Sample(f"k{i:03d}", picture(i), "png", "")) for i in range(100)]
+    write_shards(shard, tmp_path / "o", name="n", source={}, licence="l")
+    folder, record = tmp_path / "o", json.loads((tmp_path / "o" / "manifest.json").read_text())
+    one = record["splits"]["train"][0]
+    files = [f"train-{number:06d}.tar" for number in range(10_000)]
+    for file in files[1:]:
+        for name in (file, file.replace(".tar", ".idx")):
+            (folder / name).hardlink_to(folder / one["file"].replace(".tar", Path(name).suffix))
+    record["splits"]["train"] = [{**one, "file": file} for file in files]
+    (folder / "manifest.json").write_text(json.dumps(record))
+    touched: set[str] = set()
+    pread, map_index = LocalStorage.read_many, shard_table.map_index
+
+    def read_many(self: LocalStorage, requests: list[tuple[str, int, int]]) -> list[bytes]:
+        touched.update(name for name, _, _ in requests)
+        return pread(self, requests)
+
+    def index(path: Path, *rest: object) -> object:
+        touched.add(path.name.replace(".idx", ".tar"))
+        return map_index(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LocalStorage, "read_many", read_many)
+    monkeypatch.setattr(shard_table, "map_index", index)
+    dataset = open_dataset(str(folder))
+    order = BlockOrder(dataset.shard_sizes, seed=0, block=1000)
+    assert (len(dataset), touched) == (10**6, set())
+    positions = np.arange(654_321, 654_321 + 64)
+    assert all(isinstance(s, Sample) for s in dataset.read_many(order.indices(positions).tolist()))
+    wanted = {files[int(i) // 100] for i in order.indices(positions)}
+    assert touched == wanted
+    assert len(wanted) <= 20  # of the one or two blocks that the positions lie in
