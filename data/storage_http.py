@@ -136,8 +136,8 @@ class HttpTransport:
             try:
                 _refuse(answer)
                 yield answer
-                if method == "HEAD" or answer.headers.get("Content-Range"):
-                    # the body is read by now; noticing its end gives the connection back for reuse
+                if method == "HEAD":
+                    # its body is empty, but only the end of a body gives a connection back
                     answer.raw.read1(1)
             finally:
                 answer.close()

@@ -27,6 +27,7 @@ class Faults:
     truncated: the connection is closed in the middle of the body. wrong_length: Content-Length
         lies. trickles: a byte now and then, for ever.
     ranges: it knows them. listing: it shows its files. head: it answers HEAD. etag: it sends one.
+    length: it sends Content-Length; if not, the end of the connection is the end of the body.
     status: answered to everything, if not 0. only_first: faults stop after so many requests.
     """
 
@@ -41,6 +42,7 @@ class Faults:
     listing: bool = True
     head: bool = True
     etag: bool = True
+    length: bool = True
     status: int = 0
     only_first: int = 10**9
     seed: int = 0
@@ -177,7 +179,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
         lies = fault == "wrong_length" and body and self.command == "GET"
         wrong = -1 if lies else 0
-        self.send_header("Content-Length", str(len(body) + wrong))
+        if outer.faults.length or self.command == "HEAD":
+            self.send_header("Content-Length", str(len(body) + wrong))
+        else:
+            self.send_header("Connection", "close")
         if outer.faults.etag:
             self.send_header("ETag", f'"{hash(content) & 0xFFFFFFFF:x}"')
         self.end_headers()
@@ -202,6 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
             self.close_connection = True
             return None
+        self.close_connection |= not outer.faults.length
         self.wfile.write(body[: len(body) + wrong])
         return None
 

@@ -93,6 +93,15 @@ def test_a_server_without_ranges_is_read_nevertheless_and_named_once(
     assert caplog.text.count("ignores ranges") == 1
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_body_that_ends_early_is_noticed_though_no_length_was_announced(ranges: bool) -> None:
+    faults = Faults(length=False, truncated=0.4, ranges=ranges, seed=2)
+    with FaultServer(FILES, faults) as server:
+        storage = remote(server)
+        assert {name: storage.whole(name) for name in FILES} == FILES
+        assert server.count()["truncated"] > 1
+
+
 @pytest.mark.parametrize("head, etag", [(False, True), (True, False), (False, False)])
 def test_servers_without_head_or_etag_will_do(head: bool, etag: bool, tmp_path: Path) -> None:
     with FaultServer(FILES, Faults(head=head, etag=etag)) as server:
