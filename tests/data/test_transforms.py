@@ -2,9 +2,13 @@
 
 import io
 import math
+import os
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
+import warnings
 import zlib
 
 import numpy as np
@@ -16,14 +20,16 @@ from PIL import ExifTags, Image, ImageOps
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop, v2
 
+from groundwork.data.decode import decode_image
 from groundwork.data.samples import SampleError
 from groundwork.data.transforms import (
     ImageTransform,
-    decode_image,
     evaluation_image,
     random_crop_box,
     training_image,
+    training_images,
 )
+from groundwork.kernels.jpeg_crop import find_jpeg_crop
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -368,3 +374,117 @@ def test_settings_of_zero_leave_the_colours_alone() -> None:
     transform = ImageTransform(size=16, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     pixels = training_image(data, transform, np.random.default_rng(0))
     assert torch.equal(pixels, evaluation_image(data, transform))
+
+
+def generators(count: int) -> list[np.random.Generator]:
+    return [np.random.default_rng((7, i)) for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_other_formats_are_cropped_and_resized_by_pillow(kind: str, resample: str) -> None:
+    data = encoded(noise(90, 70), kind, lossless=True)
+    transform = ImageTransform(size=24, resample=resample)  # type: ignore[arg-type]
+    for seed in range(5):
+        box = random_crop_box(90, 70, transform, np.random.default_rng(seed))
+        expected = noise(90, 70).resize((24, 24), transform.filter, box=box, reducing_gap=2.0)
+        pixels = training_image(data, transform, np.random.default_rng(seed))
+        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.array(expected))
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_a_jpeg_of_the_right_size_is_cut_and_resized_as_by_pillow(resample: str) -> None:
+    data = encoded(noise(90, 70), "JPEG", quality=90)
+    transform = ImageTransform(size=48, resample=resample)  # type: ignore[arg-type]
+    for seed in range(5):
+        box = random_crop_box(90, 70, transform, np.random.default_rng(seed))
+        crop = decode_image(data).crop(box)
+        expected = np.array(crop.resize((48, 48), transform.filter))
+        pixels = training_image(data, transform, np.random.default_rng(seed))
+        difference = np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - expected)
+        assert difference.max() <= 2  # two roundings, and what a cubic makes of them
+        assert difference.mean() < 0.3
+
+
+MIXED = [
+    encoded(noise(90, 70), "JPEG"),
+    encoded(noise(40, 60)),
+    b"<!DOCTYPE html>",
+    encoded(noise(300, 200), "JPEG", progressive=True),
+    encoded(noise(64, 64), "JPEG")[:700],
+    encoded(noise(50, 50), "WEBP"),
+    b"",
+    encoded(noise(33, 47).convert("L"), "JPEG"),
+]
+BAD = (2, 4, 6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, 20])
+def test_a_batch_is_its_pictures_and_its_errors(threads: int) -> None:
+    transform = ImageTransform(
+        size=20, flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, scale=(0.2, 1.0)
+    )
+    images, errors = training_images(
+        MIXED, transform, generators(8), threads=threads, jpeg_crop=find_jpeg_crop()
+    )
+    assert images.shape == (8, 3, 20, 20)
+    assert images.dtype == torch.uint8
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    for i, (data, rng) in enumerate(zip(MIXED, generators(8), strict=True)):
+        if i in BAD:
+            with pytest.raises(SampleError) as caught:
+                training_image(data, transform, rng)
+            assert str(errors[i]) == str(caught.value)
+            assert not images[i].any()
+        else:
+            assert errors[i] is None
+            assert torch.equal(images[i], training_image(data, transform, rng))
+
+
+def test_an_empty_batch_has_no_pictures() -> None:
+    images, errors = training_images([], ImageTransform(size=20), [])
+    assert images.shape == (0, 3, 20, 20)
+    assert errors == []
+
+
+def test_a_batch_needs_a_generator_for_every_picture() -> None:
+    with pytest.raises(ValueError, match="8 files, 7 generators"):
+        training_images(MIXED, ImageTransform(size=20), generators(7))
+
+
+def test_decoding_in_threads_leaves_the_filters_of_warnings_alone() -> None:
+    before = list(warnings.filters)
+    training_images(MIXED * 4, ImageTransform(size=20), generators(32), threads=4)
+    assert warnings.filters == before
+
+
+def test_the_resized_pixels_do_not_depend_on_the_processor() -> None:
+    """torch without vector instructions gives the same bytes."""
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("there are no vector instructions to be without")
+    code = """
+import hashlib, io, numpy, sys
+from PIL import Image
+from groundwork.data.transforms import ImageTransform, training_image
+pixels = numpy.random.default_rng(0).integers(0, 256, (90, 120, 3), numpy.uint8)
+file = io.BytesIO()
+Image.fromarray(pixels).save(file, "JPEG")
+seen = hashlib.sha256()
+for resample in ("bilinear", "bicubic"):
+    for size in (7, 32, 64, 150):
+        transform = ImageTransform(size=size, resample=resample)
+        image = training_image(file.getvalue(), transform, numpy.random.default_rng(size))
+        seen.update(image.numpy().tobytes())
+print(seen.hexdigest())
+"""
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **capability, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for capability in ({}, {"ATEN_CPU_CAPABILITY": "default"})
+    }
+    assert len(outputs) == 1
