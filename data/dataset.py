@@ -12,6 +12,7 @@ import numpy as np
 from webdataset.shardlists import expand_urls
 
 from groundwork.data.cache import CacheConfig
+from groundwork.data.diagnosis import Diagnosis
 from groundwork.data.sample_reader import RawSample, ReadPlan, plan_reads, read_samples
 from groundwork.data.samples import Concept, Sample, SampleError, sample_from_fields
 from groundwork.data.shard_index import ShardError
@@ -109,8 +110,9 @@ class Dataset:
             try:
                 table = self.table.index(shard)
             except (ShardError, OSError) as error:
+                diagnosis = getattr(error, "diagnosis", None) or Diagnosis.UNREADABLE
                 for place in chosen.tolist():
-                    results[place] = SampleError(f"its index cannot be used: {error}")
+                    results[place] = SampleError(f"its index cannot be used: {error}", diagnosis)
                 continue
             places += chosen.tolist()
             plans += plan_reads(self.table.entries[shard].file, table, rows[chosen], wanted)
@@ -128,7 +130,7 @@ def _sample(key: str, fields: dict[str, bytes]) -> Sample | SampleError:
     except SampleError as error:
         return error
     except RecursionError:
-        return SampleError("member 'json' is nested too deeply")
+        return SampleError("member 'json' is nested too deeply", Diagnosis.BAD_JSON)
 
 
 #: Up to so many shards, all side-cars are checked when a data set is opened. Of more, each is

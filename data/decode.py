@@ -22,6 +22,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from groundwork.data.diagnosis import Diagnosis
 from groundwork.data.samples import SampleError
 
 try:
@@ -98,17 +99,20 @@ def decode_image(data: bytes) -> Image.Image:
 def open_image(data: bytes) -> Image.Image:
     """Read the header. Raises SampleError as `decode_image`; Pillow's warnings are the caller's."""
     if not data:
-        raise SampleError("no image: the member is missing or empty")
+        raise SampleError("no image: the member is missing or empty", Diagnosis.EMPTY_IMAGE)
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     except UnidentifiedImageError as error:
         # its own message names an address in memory, so would differ from run to run
-        raise SampleError("image cannot be decoded: neither JPEG, PNG nor WebP") from error
+        raise SampleError(
+            "image cannot be decoded: neither JPEG, PNG nor WebP", Diagnosis.NOT_AN_IMAGE
+        ) from error
     except Exception as error:
         raise _undecodable(error) from error
     if image.width * image.height > MAX_PIXELS:
         raise SampleError(
-            f"image of {image.width} x {image.height} pixels (limit: {MAX_PIXELS:,} in all)"
+            f"image of {image.width} x {image.height} pixels (limit: {MAX_PIXELS:,} in all)",
+            Diagnosis.TOO_MANY_PIXELS,
         )
     return image
 
@@ -254,4 +258,8 @@ def _orientation(image: Image.Image) -> int:
 
 def _undecodable(error: Exception) -> SampleError:
     # the decoders meet malformed files with anything from struct.error to KeyError
-    return SampleError(f"image cannot be decoded: {error or type(error).__name__}")
+    is_bomb = isinstance(error, Image.DecompressionBombError)
+    return SampleError(
+        f"image cannot be decoded: {error or type(error).__name__}",
+        Diagnosis.TOO_MANY_PIXELS if is_bomb else Diagnosis.DAMAGED_IMAGE,
+    )

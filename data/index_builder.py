@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from groundwork.data.diagnosis import Diagnosis
 from groundwork.data.image_header import UNKNOWN, image_size
 from groundwork.data.samples import IMAGE_EXTENSIONS
 
@@ -25,6 +26,10 @@ MAX_INT32: Final = 2**31 - 1
 
 class RepeatedMemberError(ValueError):
     """Members that do not make samples; the message says which, without the name of the tar."""
+
+    def __init__(self, message: str, diagnosis: Diagnosis) -> None:
+        super().__init__(message)
+        self.diagnosis = diagnosis
 
 
 class IndexColumns(NamedTuple):
@@ -72,7 +77,8 @@ class IndexBuilder:
         if key in self.keys:
             raise RepeatedMemberError(
                 f"sample {key!r} appears twice, with other samples between; give every sample its "
-                "own key, and write its members one after the other"
+                "own key, and write its members one after the other",
+                Diagnosis.REPEATED_KEY,
             )
         self.keys.add(key)
         # names that are not UTF-8 come with lone surrogates
@@ -89,7 +95,8 @@ class IndexBuilder:
         column = self._columns.setdefault(field, len(self._columns))
         if self._present >> column & 1:
             raise RepeatedMemberError(
-                f"sample {self.key!r} has two {field!r} members; give every sample its own key"
+                f"sample {self.key!r} has two {field!r} members; give every sample its own key",
+                Diagnosis.REPEATED_FIELD,
             )
         self._present |= 1 << column
         self._cells.extend((self.samples - 1, column, offset, size, checksum))
@@ -108,7 +115,8 @@ class IndexBuilder:
             raise RepeatedMemberError(
                 f"{len(fields):,} different fields (such as {fields[0]!r} and {fields[-1]!r}) in "
                 f"{self.samples:,} samples: a field is what follows the first dot of a name, so "
-                "take the other dots out of the names"
+                "take the other dots out of the names",
+                Diagnosis.TOO_MANY_FIELDS,
             )
         order = np.array([fields.index(name) for name in self._columns], np.int64)
         rows, columns = cells[:, 0], order[cells[:, 1]] if len(cells) else cells[:, 1]

@@ -11,6 +11,8 @@ from typing import Final, NamedTuple
 import google_crc32c
 import numpy as np
 
+from groundwork.data.diagnosis import Diagnosis
+
 MAGIC: Final = b"GWIDX\x00\x00"
 VERSION: Final = 3
 PREAMBLE: Final = struct.Struct("<7sBII")  # magic, version, length of the header, its crc32c
@@ -31,10 +33,22 @@ ARRAYS: Final[Mapping[str, str]] = {
     "keys": "|u1",
 }
 CELL_ARRAYS: Final = ("offsets", "sizes", "checksums")
+DAMAGED: Final = Diagnosis.DAMAGED_INDEX
 
 
 class ShardError(ValueError):
-    """A shard, index or manifest that cannot be used; says which file, why, and how to mend it."""
+    """A shard, index or manifest that cannot be used; says which file, why, and how to mend it.
+
+    diagnosis: which of the known faults it is; None where it is none of the data.
+    offset: where in the file, as far as that is known.
+    """
+
+    def __init__(
+        self, message: str, diagnosis: Diagnosis | None = None, offset: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.diagnosis = diagnosis
+        self.offset = offset
 
 
 class OutdatedIndexError(ShardError):
@@ -99,7 +113,7 @@ def parse_index_header(data: bytes, name: str, file_bytes: int | None = None) ->
     _, version, length, expected = PREAMBLE.unpack_from(data)
     header = data[PREAMBLE.size : end]
     if len(header) < length or (version > 2 and google_crc32c.value(header) != expected):
-        raise ShardError(f"{name}: checksum mismatch, the index is damaged; {remedy}")
+        raise ShardError(f"{name}: checksum mismatch, the index is damaged; {remedy}", DAMAGED)
     try:
         record = json.loads(header)
         samples, tar_bytes = record["samples"], record["tar_bytes"]
@@ -120,11 +134,12 @@ def parse_index_header(data: bytes, name: str, file_bytes: int | None = None) ->
             version, tar_bytes, samples, fields, record["digest"], record["file_bytes"], sections
         )
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise ShardError(f"{name}: malformed ({error!r}); {remedy}") from error
+        raise ShardError(f"{name}: malformed ({error!r}); {remedy}", DAMAGED) from error
     if file_bytes is not None and file_bytes != parsed.file_bytes:
         raise ShardError(
             f"{name}: has {file_bytes:,} bytes instead of {parsed.file_bytes:,}, the index is "
-            f"damaged; {remedy}"
+            f"damaged; {remedy}",
+            DAMAGED,
         )
     return parsed
 
@@ -136,14 +151,18 @@ def header_bytes(data: bytes | memoryview, name: str) -> int:
     """
     remedy = remedy_for(name)
     if len(data) < PREAMBLE.size or bytes(data[: len(MAGIC)]) != MAGIC:
-        raise ShardError(f"{name}: not a groundwork shard index; {remedy}")
+        raise ShardError(f"{name}: not a groundwork shard index; {remedy}", DAMAGED)
     _, version, length, _ = PREAMBLE.unpack_from(data)
     if version < 2:
-        raise OutdatedIndexError(f"{name}: an index of version {version}; {remedy}")
+        raise OutdatedIndexError(
+            f"{name}: an index of version {version}; {remedy}", Diagnosis.OUTDATED_INDEX
+        )
     if version > VERSION:
-        raise ShardError(f"{name}: an index of version {version}, newer than this code; {remedy}")
+        raise ShardError(
+            f"{name}: an index of version {version}, newer than this code; {remedy}", DAMAGED
+        )
     if length > MAX_HEADER:
-        raise ShardError(f"{name}: checksum mismatch, the index is damaged; {remedy}")
+        raise ShardError(f"{name}: checksum mismatch, the index is damaged; {remedy}", DAMAGED)
     return PREAMBLE.size + int(length)
 
 

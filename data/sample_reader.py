@@ -7,6 +7,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from groundwork.data.diagnosis import Diagnosis
 from groundwork.data.samples import SampleError
 from groundwork.data.shard_index import MISSING, ShardIndex
 from groundwork.data.storage import Storage
@@ -100,11 +101,12 @@ def _second_try(storage: Storage, plan: ReadPlan, data: bytes | StorageError) ->
         storage.forget(plan.file, plan.begin, plan.end)
         data = _read(storage, plan)
     if isinstance(data, StorageError):
-        return SampleError(f"cannot be read: {data}")
+        return SampleError(f"cannot be read: {data}", Diagnosis.UNREADABLE)
     members = plan.members(data)
     if isinstance(members, str):
         return SampleError(
             f"member {members!r} fails its checksum: the tar was damaged, or replaced after it "
-            "was indexed"
+            "was indexed",
+            Diagnosis.DAMAGED_MEMBER,
         )
     return plan.key, members

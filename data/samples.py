@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from groundwork.data.diagnosis import Diagnosis
+
 #: Tar extensions that hold an encoded image, in the order in which a reader looks for them.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -23,7 +25,12 @@ MAX_LABEL = 2**63 - 1
 
 
 class SampleError(ValueError):
-    """A sample that cannot be used; the message says what is wrong with it."""
+    """A sample that cannot be used; the message says what is wrong with it, the diagnosis which
+    of the known faults that is."""
+
+    def __init__(self, message: str, diagnosis: Diagnosis = Diagnosis.UNUSABLE) -> None:
+        super().__init__(message)
+        self.diagnosis = diagnosis
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,8 @@ class Sample:
         if not self.key or any(c in self.key for c in "./\\ \t\n"):
             raise SampleError(
                 f"sample key {self.key!r}: a key is not empty and has no '.', '/', '\\' or blanks: "
-                "because it becomes the stem of tar member names"
+                "because it becomes the stem of tar member names",
+                Diagnosis.BAD_KEY,
             )
         if (self.image or not self.members) and self.image_format not in IMAGE_EXTENSIONS:
             raise SampleError(
@@ -91,7 +99,8 @@ def class_label(sample: Sample) -> int:
     label = sample.info.get("label", NO_CLASS)
     if type(label) is not int or not NO_CLASS <= label <= MAX_LABEL:
         raise SampleError(
-            f"json.label is {repr(label)[:60]}; expected a class index, or {NO_CLASS} for none"
+            f"json.label is {repr(label)[:60]}; expected a class index, or {NO_CLASS} for none",
+            Diagnosis.BAD_LABEL,
         )
     return label
 
@@ -124,16 +133,19 @@ def sample_from_fields(key: str, fields: Mapping[str, bytes]) -> Sample:
     if not image_format and not members:
         raise SampleError(
             f"no image member (looked for {', '.join(IMAGE_EXTENSIONS)}; "
-            f"found {', '.join(sorted(fields)) or 'nothing'})"
+            f"found {', '.join(sorted(fields)) or 'nothing'})",
+            Diagnosis.MISSING_IMAGE,
         )
     try:
         text = fields.get("txt", b"").decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SampleError(f"member 'txt' is not UTF-8: {error}") from error
+        raise SampleError(f"member 'txt' is not UTF-8: {error}", Diagnosis.BAD_TEXT) from error
     try:
         info = json.loads(fields["json"]) if "json" in fields else {}
     except ValueError as error:
-        raise SampleError(f"member 'json' is not JSON: {error}") from error
+        raise SampleError(f"member 'json' is not JSON: {error}", Diagnosis.BAD_JSON) from error
     if not isinstance(info, dict):
-        raise SampleError(f"member 'json' holds a {type(info).__name__}, expected an object")
+        raise SampleError(
+            f"member 'json' holds a {type(info).__name__}, expected an object", Diagnosis.BAD_JSON
+        )
     return Sample(key, fields.get(image_format, b""), image_format, text, info, members)

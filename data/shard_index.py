@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundwork.data.atomic import write_atomically
+from groundwork.data.diagnosis import Diagnosis
 from groundwork.data.index_builder import (
     MISSING,
     IndexBuilder,
@@ -160,8 +161,10 @@ def scan_file(raw: BinaryIO, tar_bytes: int, where: str) -> ShardIndex:
                 checksum = extend(checksum, more)
             builder.add_member(field, offset, size, checksum, head)
         return _shard_index(builder.columns(), tar_bytes)
-    except (TarFormatError, RepeatedMemberError) as error:
-        raise ShardError(f"{where}: {error}") from error
+    except TarFormatError as error:
+        raise ShardError(f"{where}: {error}", error.diagnosis, error.offset) from error
+    except RepeatedMemberError as error:
+        raise ShardError(f"{where}: {error}", error.diagnosis) from error
 
 
 def _shard_index(columns: IndexColumns, tar_bytes: int) -> ShardIndex:
@@ -278,7 +281,7 @@ def _parse_arrays(data: memoryview, header: IndexHeader, name: str, *, verify: b
     if header.version == 2:
         expected = PREAMBLE.unpack_from(data)[3]
         if verify and google_crc32c.value(bytes(data[PREAMBLE.size :])) != expected:
-            raise ShardError(damaged)
+            raise ShardError(damaged, Diagnosis.DAMAGED_INDEX)
         begin = sections["key_ends"].end
         sections["keys"] = Section("|u1", (max(0, len(data) - begin),), begin, 0)
     elif len(data) != header.file_bytes or (
@@ -288,7 +291,7 @@ def _parse_arrays(data: memoryview, header: IndexHeader, name: str, *, verify: b
             for section in sections.values()
         )
     ):
-        raise ShardError(damaged)
+        raise ShardError(damaged, Diagnosis.DAMAGED_INDEX)
     try:
         arrays: dict[str, Any] = {
             array: np.frombuffer(
@@ -309,7 +312,9 @@ def _parse_arrays(data: memoryview, header: IndexHeader, name: str, *, verify: b
         if verify:
             _check_values(index)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ShardError(f"{name}: malformed ({error}); {remedy}") from error
+        raise ShardError(
+            f"{name}: malformed ({error}); {remedy}", Diagnosis.DAMAGED_INDEX
+        ) from error
     return index
 
 
@@ -338,9 +343,11 @@ def _check_values(index: ShardIndex) -> None:
 
 def _check_tar_bytes(indexed: int, actual: int, index_name: str, tar_name: str) -> None:
     if actual < indexed:
-        raise ShardError(f"{tar_name}: {truncated(actual, indexed)}")
+        message = f"{tar_name}: {truncated(actual, indexed)}"
+        raise ShardError(message, Diagnosis.TRUNCATED_TAR, actual)
     if actual != indexed:
         raise ShardError(
             f"{tar_name}: has {actual:,} bytes, but its index was made for {indexed:,}; the tar "
-            f"was replaced: delete {index_name.rpartition('/')[2]} to have it indexed anew"
+            f"was replaced: delete {index_name.rpartition('/')[2]} to have it indexed anew",
+            Diagnosis.WRONG_INDEX,
         )

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from groundwork.data.diagnosis import Diagnosis
 from groundwork.data.shard_index import (
     HEADER_BYTES,
     IndexHeader,
@@ -91,7 +92,8 @@ class ShardTable:
         if len(index) != entry.samples:
             raise ShardError(
                 f"{self.storage.where(entry.file)}: its index has {len(index)} samples, "
-                f"{entry.samples} were expected; fetch the shard and its index again"
+                f"{entry.samples} were expected; fetch the shard and its index again",
+                Diagnosis.WRONG_COUNT,
             )
         self._indices[shard] = index
         if len(self._indices) > KEPT_INDICES:
@@ -148,7 +150,8 @@ def _make_index(storage: Storage, file: str, crc32c: int | None) -> ShardIndex:
         # the new index takes the bytes of the tar for right, so they have to be
         if crc32c is not None and file_checksum(tar) != crc32c:
             raise ShardError(
-                f"{tar}: does not have the checksum that the manifest says; fetch this shard again"
+                f"{tar}: does not have the checksum that the manifest says; fetch this shard again",
+                Diagnosis.WRONG_TAR_CHECKSUM,
             )
         index = scan_tar(tar)
         try:

@@ -11,6 +11,7 @@ specified in `docs/shard_format.md`.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ import google_crc32c
 
 from groundwork.data.atomic import directory_written_atomically
 from groundwork.data.data_card import CARD, data_card, is_card
+from groundwork.data.diagnosis import Diagnosis
 from groundwork.data.duplicates import equal_hashes
 from groundwork.data.samples import Concept, Sample
 from groundwork.data.shard_index import ShardError, index_path, map_index
@@ -71,7 +73,7 @@ class Manifest:
 
     def digest(self) -> str:
         """sha256 of the content that decides which sample is which."""
-        content = {name: [asdict(shard) for shard in split] for name, split in self.splits.items()}
+        content = {name: [vars(shard) for shard in split] for name, split in self.splits.items()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -271,19 +273,23 @@ def read_manifest(directory: Path) -> Manifest:
         raise ShardError(f"{directory}: no data set here ({MANIFEST} is missing); {REBUILD}")
     manifest = parse_manifest(path.read_bytes(), str(path))
     missing, wrong = [], []
+    with os.scandir(directory) as entries:
+        sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
     for shard in (shard for split in manifest.splits.values() for shard in split):
-        file = directory / shard.file
-        if not file.is_file():
+        size = sizes.get(shard.file)
+        if size is None:
             missing.append(shard.file)
-        elif file.stat().st_size != shard.bytes:
-            wrong.append(f"{shard.file} ({file.stat().st_size:,} of {shard.bytes:,} bytes)")
+        elif size != shard.bytes:
+            wrong.append(f"{shard.file} ({size:,} of {shard.bytes:,} bytes)")
     if missing or wrong:
         parts = [
             f"missing: {_some(missing)}" if missing else "",
             f"truncated or replaced: {_some(wrong)}" if wrong else "",
         ]
         raise ShardError(
-            f"{directory}: {'; '.join(filter(None, parts))}. Fetch these shards again, or {REBUILD}"
+            f"{directory}: {'; '.join(filter(None, parts))}. Fetch these shards again, or "
+            f"{REBUILD}",
+            Diagnosis.MISSING_SHARD if missing else Diagnosis.WRONG_SIZE,
         )
     return manifest
 
@@ -303,10 +309,14 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
             raise ValueError("it names a shard twice")
         manifest = Manifest(record["name"], record["source"], record["licence"], splits)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ShardError(f"{where}: not a groundwork manifest ({error}); {REBUILD}") from error
+        raise ShardError(
+            f"{where}: not a groundwork manifest ({error}); {REBUILD}", Diagnosis.BAD_MANIFEST
+        ) from error
     for file in files:
         if not SPLIT.fullmatch(file):
-            raise ShardError(f"{where}: shard {file!r} lies outside the folder; refused")
+            raise ShardError(
+                f"{where}: shard {file!r} lies outside the folder; refused", Diagnosis.BAD_MANIFEST
+            )
     return manifest
 
 
@@ -350,7 +360,8 @@ def parse_concepts(data: bytes, where: str) -> list[Concept]:
                 raise ValueError(f"concept {concept}")
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(
-            f"{where}: not a list of concepts ({error}); build the data set again"
+            f"{where}: not a list of concepts ({error}); build the data set again",
+            Diagnosis.BAD_CONCEPTS,
         ) from error
     return sorted(concepts, key=lambda concept: concept.label)
 

@@ -43,12 +43,16 @@ MAX_ATTEMPTS = 16
 
 @dataclass(frozen=True)
 class Fault:
-    """A quarantined sample: where it stood in the stream and on disk, and what is wrong with it."""
+    """A quarantined sample: where it stood in the stream and on disk, and what is wrong with it.
+
+    diagnosis: the name of the fault (`diagnosis.py`).
+    """
 
     position: int
     shard: str
     key: str
     reason: str
+    diagnosis: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ class Stream(TorchDataset[Any], Generic[T]):
                 return source.decoder(sample, sample_generator(self.seed, position))
             except SampleError as error:
                 shard, key = source.dataset.where(index)
-                faults.append(Fault(position, shard, key, str(error)))
+                faults.append(Fault(position, shard, key, str(error), error.diagnosis.value))
                 index = replacement(self.seed, len(source.dataset), position, attempt)
                 sample = None
         listed = "\n  ".join(f"{fault.shard}: {fault.key}: {fault.reason}" for fault in faults[-5:])

@@ -9,6 +9,8 @@ refuses the rest by name.
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple, NoReturn
 
+from groundwork.data.diagnosis import Diagnosis
+
 BLOCK = 512
 #: Bytes that are read from the file at a time, and the most of a member that is in memory at once.
 CHUNK = 16 * 1024**2
@@ -24,7 +26,17 @@ NO_BYTES = bytes(BLOCK)
 
 
 class TarFormatError(ValueError):
-    """A tar that is not read; the message says why, without the name of the file."""
+    """A tar that is not read; the message says why, without the name of the file.
+
+    offset: of the header or block at fault. resume: where the next member begins, where the fault
+    does not hide that.
+    """
+
+    def __init__(
+        self, message: str, diagnosis: Diagnosis, offset: int, resume: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.diagnosis, self.offset, self.resume = diagnosis, offset, resume
 
 
 class Member(NamedTuple):
@@ -62,13 +74,12 @@ class TarReader:
             self.start, begin = offset, 0
         return self.buffer[begin : begin + size]
 
-    def members(self) -> Iterator[Member]:
-        """The regular files in order; folders are passed over.
+    def members(self, position: int = 0) -> Iterator[Member]:
+        """The regular files in order, from a header at `position` on; folders are passed over.
 
         Raises TarFormatError for truncation, damaged headers, links, devices, sparse files,
         absolute and parent paths, and where something follows the end of the archive.
         """
-        position = 0
         overrides: dict[str, bytes] = {}
         while True:
             header = self.read(position, BLOCK)
@@ -89,8 +100,8 @@ class TarReader:
             if kind == FOLDER or (kind == b"\0" and name.endswith("/")):
                 position = data
             else:
-                position = data + padded(size)
-                self._check(name, kind, overrides, position)
+                header_at, position = position, data + padded(size)
+                self._check(name, kind, overrides, header_at, position)
                 yield Member(name, data, size)
             overrides = {}
         self._check_end(position)
@@ -115,11 +126,14 @@ class TarReader:
         self, kind: bytes, offset: int, size: int, overrides: dict[str, bytes]
     ) -> None:
         """Take up what a pax or GNU header says of the member behind it; the first one wins."""
-        self._check_extent(offset + padded(size))
+        self._check_extent(offset - BLOCK, offset + padded(size))
         if size > MAX_EXTENSION:
             raise TarFormatError(
                 f"damaged: a header of {size:,} bytes at byte {offset - BLOCK:,}; fetch or build "
-                "this shard again"
+                "this shard again",
+                Diagnosis.DAMAGED_TAR,
+                offset - BLOCK,
+                offset + padded(size),
             )
         content = self.read(offset, size)
         if kind == GNU_LONG_NAME:
@@ -130,7 +144,9 @@ class TarReader:
                     if kind == PAX_GLOBAL:
                         raise TarFormatError(
                             f"a global header sets {keyword!r} of all members; write the tar anew "
-                            "with `tar --format=ustar`"
+                            "with `tar --format=ustar`",
+                            Diagnosis.GLOBAL_HEADER,
+                            offset - BLOCK,
                         )
                     overrides.setdefault(keyword, value)
 
@@ -163,29 +179,41 @@ class TarReader:
                 path = prefix + b"/" + path
         return path.decode("utf-8", "surrogateescape")
 
-    def _check(self, name: str, kind: bytes, overrides: dict[str, bytes], end: int) -> None:
-        if kind not in REGULAR or any(keyword.startswith("GNU.") for keyword in overrides):
+    def _check(
+        self, name: str, kind: bytes, overrides: dict[str, bytes], header_at: int, end: int
+    ) -> None:
+        is_sparse = kind == GNU_SPARSE or any(k.startswith("GNU.") for k in overrides)
+        if kind not in REGULAR or is_sparse:
             raise TarFormatError(
                 f"member {name!r} is a link, a device or a sparse file; a data tar holds regular "
-                "files only, so this one is not read"
+                "files only, so this one is not read",
+                Diagnosis.SPARSE_MEMBER if is_sparse else Diagnosis.SPECIAL_MEMBER,
+                header_at,
+                end,
             )
         if name.startswith("/") or (".." in name and ".." in name.split("/")):
             raise TarFormatError(
-                f"member {name!r} has an absolute or parent path; such tars are not read"
+                f"member {name!r} has an absolute or parent path; such tars are not read",
+                Diagnosis.UNSAFE_PATH,
+                header_at,
+                end,
             )
-        self._check_extent(end)
+        self._check_extent(header_at, end)
 
-    def _check_extent(self, end: int) -> None:
+    def _check_extent(self, header_at: int, end: int) -> None:
         if end > self.tar_bytes:
-            raise TarFormatError(truncated(self.tar_bytes, end))
+            message = truncated(self.tar_bytes, end)
+            raise TarFormatError(message, Diagnosis.TRUNCATED_TAR, header_at)
 
     def _check_end(self, position: int) -> None:
         """Two blocks of zeros end an archive, and zeros may follow them."""
         marker = self.read(position, 2 * BLOCK)
         if len(marker) < 2 * BLOCK and not (position == 0 and any(marker)):
             if self.tar_bytes == 0:
-                raise TarFormatError("not a readable tar (empty file); fetch or build it again")
-            raise TarFormatError(truncated(self.tar_bytes, position + 2 * BLOCK))
+                message = "not a readable tar (empty file); fetch or build it again"
+                raise TarFormatError(message, Diagnosis.NOT_A_TAR, 0)
+            message = truncated(self.tar_bytes, position + 2 * BLOCK)
+            raise TarFormatError(message, Diagnosis.TRUNCATED_TAR, position)
         if any(marker):
             self._damaged(position)
         position += len(marker)
@@ -195,7 +223,10 @@ class TarReader:
                 raise TarFormatError(
                     f"something follows the end of the archive, at byte {position:,}: tars that "
                     "were joined with `cat`, most likely, of which every reader sees the first "
-                    "only; join them with `tar --concatenate`, or keep them apart"
+                    "only; join them with `tar --concatenate`, or keep them apart",
+                    Diagnosis.JOINED_TARS,
+                    position,
+                    position - position % BLOCK,
                 )
             position += len(rest)
 
@@ -203,11 +234,15 @@ class TarReader:
         if position == 0:
             raise TarFormatError(
                 "not a readable tar (no header at its beginning); fetch or build this shard again "
-                "(a tar that is compressed has no random access: decompress it first)"
+                "(a tar that is compressed has no random access: decompress it first)",
+                Diagnosis.NOT_A_TAR,
+                0,
             )
         raise TarFormatError(
             f"damaged: no member and no end of the archive at byte {position:,}; fetch or build "
-            "this shard again"
+            "this shard again",
+            Diagnosis.DAMAGED_TAR,
+            position,
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from groundwork.data.dataset import Dataset
 from groundwork.data.decode import JpegCrop
+from groundwork.data.diagnosis import Diagnosis
 from groundwork.data.knowledge.augment import augment_prompt, training_path_text
 from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.knowledge.senses import Knowledge, find_knowledge
@@ -177,11 +178,16 @@ class ImageTextDecoder:
         image = training_image(sample.image, self.image, rng, jpeg_crop=self.jpeg_crop)
         if label == UNIQUE:
             if not sample.text:
-                raise SampleError("neither a class (json.label) nor a caption (txt)")
+                raise SampleError(
+                    "neither a class (json.label) nor a caption (txt)", Diagnosis.MISSING_CAPTION
+                )
             return Example(image, sample.text, UNIQUE)
         prompt = self.prompt(label, sample.text, rng)
         if self.first_label and label >= LABELS_PER_SOURCE:
-            raise SampleError(f"json.label is {label}; in a mixture at most {LABELS_PER_SOURCE:,}")
+            raise SampleError(
+                f"json.label is {label}; in a mixture at most {LABELS_PER_SOURCE:,}",
+                Diagnosis.BAD_LABEL,
+            )
         return Example(image, prompt, self.first_label + label)
 
     def prompt(self, label: int, text: str, rng: np.random.Generator) -> str:
