@@ -35,7 +35,7 @@ from groundwork.kernels.residual_norm import residual_norm, residual_norm_refere
 
 #: Side and channels of the stages.
 STAGES = tuple((56 >> i, 64 << i) for i in range(4))
-Op = Callable[..., Tensor]
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 class Case(NamedTuple):
@@ -49,17 +49,17 @@ class Case(NamedTuple):
     with_gradient: int
 
 
-def two_projections(
-    x: Tensor, offset: Tensor, offset_bias: Tensor, mask: Tensor, mask_bias: Tensor
-) -> Tensor:
-    return torch.cat((F.linear(x, offset, offset_bias), F.linear(x, mask, mask_bias)), -1)
+def two_projections(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    offset, offset_bias, mask, mask_bias = parameters
+    return F.linear(x, offset, offset_bias), F.linear(x, mask, mask_bias)
 
 
-def one_projection(
-    x: Tensor, offset: Tensor, offset_bias: Tensor, mask: Tensor, mask_bias: Tensor
-) -> Tensor:
-    """The op would take the packed tensor; both sides pay for one contiguous result."""
-    return F.linear(x, torch.cat((offset, mask)), torch.cat((offset_bias, mask_bias)))
+def one_projection(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """dcnv3 reads offset and mask each as one contiguous tensor."""
+    offset, offset_bias, mask, mask_bias = parameters
+    both = F.linear(x, torch.cat((offset, mask)), torch.cat((offset_bias, mask_bias)))
+    first, second = both.split((len(offset), len(mask)), -1)
+    return first.contiguous(), second.contiguous()
 
 
 def cases(batch: int, device: str) -> list[Case]:
@@ -122,28 +122,33 @@ def fastest(runs: dict[str, Callable[[], object]], seconds: float, device: str) 
             return best
 
 
+def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
 def measure(case: Case, seconds: float, device: str, compiles: bool) -> dict[str, Any]:
     inputs = [
         t.clone().requires_grad_() if i < case.with_gradient else t
         for i, t in enumerate(case.tensors)
     ]
     differentiated = inputs[: case.with_gradient]
-    expected = case.eager(*inputs)
-    grad = torch.randn_like(expected)
-    error = (case.fused(*inputs) - expected).abs().max().item()
-    if error > 1e-3 * max(1.0, expected.abs().max().item()):
-        raise SystemExit(f"{case.op} computes something else at {case.shape}: {error}")
+    expected = outputs(case.eager(*inputs))
+    grads = [torch.randn_like(tensor) for tensor in expected]
+    for a, b in zip(outputs(case.fused(*inputs)), expected, strict=True):
+        error = (a - b).abs().max().item()
+        if error > 1e-3 * max(1.0, b.abs().max().item()):
+            raise SystemExit(f"{case.op} computes something else at {case.shape}: {error}")
     ways = {"fused": case.fused, "eager": case.eager}
     if compiles:
         torch.compiler.reset()
         ways["compiled"] = torch.compile(case.eager, fullgraph=True, dynamic=False)
 
-    def forward(way: Op) -> Tensor:
+    def forward(way: Op) -> object:
         with torch.no_grad():
             return way(*inputs)
 
     def both(way: Op) -> object:
-        return torch.autograd.grad(way(*inputs), differentiated, grad)
+        return torch.autograd.grad(outputs(way(*inputs)), differentiated, grads)
 
     record: dict[str, Any] = {"op": case.op, "shape": case.shape}
     record.update({name: {} for name in ways})
@@ -192,12 +197,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     parser.add_argument("--quick", action="store_true", help="short runs, no torch.compile")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--only", help="the ops whose names begin with this")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each op, both ways")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    seconds = 0.05 if arguments.quick else 1.0
+    seconds = 0.05 if arguments.quick else arguments.seconds
     records = [
         measure(case, seconds, device, not arguments.quick)
         for case in cases(arguments.batch, device)
+        if case.op.startswith(arguments.only or "")
     ]
     console = Console(width=150)
     where = (
