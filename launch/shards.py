@@ -45,6 +45,7 @@ from groundwork.launch.browse import browse
 from groundwork.launch.errors import reporting
 from groundwork.launch.shards_chaos import chaos
 from groundwork.launch.shards_import import register
+from groundwork.launch.shards_order import order
 from groundwork.launch.shards_scenes import build_scenes
 from groundwork.launch.shards_statistics import show_statistics
 
@@ -54,6 +55,7 @@ app.add_typer(build_app, name="build")
 build_app.command("scenes")(build_scenes)
 register(build_app)
 app.command("chaos")(chaos)
+app.command("order")(order)
 app.command("browse")(browse)
 
 Out = Annotated[Path, typer.Option(help="Folder of the data set.")]

@@ -8,7 +8,6 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from groundwork.data.chaos import run_trials
 from groundwork.launch.errors import reporting
 
 console = Console(stderr=True, highlight=False)
@@ -24,6 +23,8 @@ def chaos(
     """
 
     def run() -> int:
+        from groundwork.data.chaos import run_trials
+
         with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
             task = progress.add_task("trials", total=trials)
             outcome = run_trials(trials, seed, Path(folder), lambda _: progress.advance(task))
