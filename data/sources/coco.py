@@ -63,7 +63,7 @@ def coco_samples(
             report=report,
             segmentations=config.segmentations,
         )
-        folder = config.root / config.images.format(split=split)
+        folder = config.root / config.images.replace("{split}", split)
 
         def find(image: Mapping[str, Any], folder: Path = folder) -> EncodedImage:
             return read_image(inside(folder, member(image, "file_name", str)))
@@ -107,7 +107,7 @@ def same_concepts(by_file: Mapping[Path, Sequence[Concept]]) -> list[Concept]:
 
 
 def _annotation_files(config: CocoConfig) -> list[Path]:
-    return [config.root / config.annotations.format(split=split) for split in config.splits]
+    return [config.root / config.annotations.replace("{split}", split) for split in config.splits]
 
 
 def check_splits(name: str, splits: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from groundwork.data.annotations import Annotations
 from groundwork.data.samples import Sample
 from groundwork.data.sources.coco import check_splits
 from groundwork.data.sources.image_files import inside, read_image
-from groundwork.data.sources.json_files import JsonFile, member, require_files
+from groundwork.data.sources.json_files import JsonFile, known_members, member, require_files
 from groundwork.data.sources.keys import sample_key
 from groundwork.data.sources.report import BadItemError, ImportReport
 
@@ -55,10 +55,10 @@ def coco_captions_samples(
     if config.karpathy:
         yield from _karpathy_samples(config, report)
         return
-    paths = [config.root / config.annotations.format(split=split) for split in config.splits]
+    paths = [config.root / config.annotations.replace("{split}", split) for split in config.splits]
     require_files(paths)
     for split, path in zip(config.splits, paths, strict=True):
-        folder = config.root / config.images.format(split=split)
+        folder = config.root / config.images.replace("{split}", split)
         file = JsonFile(path)
         captions = _captions(file, config, report)
         seen: set[int] = set()
@@ -112,9 +112,9 @@ def _karpathy_samples(
             if name in seen:
                 raise BadItemError("is there twice")
             seen.add(name)
-            folder = inside(config.root, image.get("filepath") or ".")
+            folder = inside(config.root, member(image, "filepath", str) or ".")
             captions = [_raw(sentence) for sentence in member(image, "sentences", list)]
-            source = {"image_id": image.get("cocoid", image.get("imgid"))}
+            source = known_members(image, ["cocoid", "imgid"])
             sample = _sample(folder, name, captions, source)
         except BadItemError as error:
             report.bad("image", where, str(error), skip=config.skip_bad)

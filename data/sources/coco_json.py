@@ -1,15 +1,12 @@
 """Detection annotations in COCO's JSON: `images`, `annotations`, `categories`.
 
-What COCO, LVIS, Objects365 and SOBA have in common. Only what a sample needs is kept of each
-annotation, so that millions of boxes fit in memory.
+What COCO, LVIS, Objects365 and SOBA have in common.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from groundwork.data.annotations import (
     AnnotationError,
@@ -21,9 +18,10 @@ from groundwork.data.annotations import (
     segmentation_from_json,
 )
 from groundwork.data.samples import Concept
+from groundwork.data.sources.box_table import BoxTable, RawBox
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.image_files import EncodedImage
-from groundwork.data.sources.json_files import JsonFile, member
+from groundwork.data.sources.json_files import JsonFile, is_encodable, member
 from groundwork.data.sources.report import BadItemError, ImportReport
 from groundwork.data.sources.upright import (
     annotated_as_stored,
@@ -32,29 +30,16 @@ from groundwork.data.sources.upright import (
 )
 
 
-class RawBox(NamedTuple):
-    """One record of `annotations`, as the file has it. bbox: left, top, width, height."""
-
-    id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    area: float
-    crowd: bool
-    segmentation: Any
-    more: Mapping[str, Any]
-
-
 @dataclass(frozen=True)
 class CocoFile:
     """A parsed annotation file.
 
-    images: the records of `images`, in the order of the file. boxes: image id -> its annotations.
-    labels: category id -> class index.
+    images: the records of `images`, in the order of the file. labels: category id -> class index.
     """
 
     path: Path
     images: tuple[Mapping[str, Any], ...]
-    boxes: Mapping[int, list[RawBox]]
+    boxes: BoxTable
     labels: Mapping[int, int]
     concepts: tuple[Concept, ...] = field(repr=False)
 
@@ -68,8 +53,9 @@ ConceptOf = Callable[[int, Mapping[str, Any]], Concept]
 def named_concept(label: int, category: Mapping[str, Any]) -> Concept:
     """The class of a category that has an id, a name and perhaps a supercategory."""
     info = {"category_id": category["id"]}
-    if isinstance(category.get("supercategory"), str):
-        info["supercategory"] = category["supercategory"]
+    above = category.get("supercategory")
+    if isinstance(above, str) and is_encodable(above):
+        info["supercategory"] = above
     return Concept(label, category["name"], info=info)
 
 
@@ -116,8 +102,7 @@ def read_coco(
             images[number] = image
         except BadItemError as error:
             report.bad("image", where, str(error), skip=skip_bad)
-    boxes: dict[int, list[RawBox]] = {}
-    ids: list[int] = []
+    boxes = BoxTable(keeps_more=segmentations or bool(more))
     for where, annotation in file.records("annotations"):
         try:
             box, image_id = _raw_box(annotation, more, segmentations)
@@ -131,9 +116,10 @@ def read_coco(
         except BadItemError as error:
             report.bad("box", where, str(error), skip=skip_bad)
             continue
-        boxes.setdefault(image_id, []).append(box)
-        ids.append(box.id)
-    _refuse_double_ids(path, np.array(ids, np.int64), boxes, skip_bad, report)
+        boxes.add(image_id, box)
+    for image_id, number in boxes.drop_doubles():
+        where = f"{path}: image {image_id}"
+        report.bad("box", where, f"annotation id {number} is there twice", skip=skip_bad)
     return CocoFile(path, tuple(images.values()), boxes, labels, concepts)
 
 
@@ -151,7 +137,7 @@ def coco_boxes(
     """
     as_stored = is_stored_size(image, encoded)
     boxes = []
-    for raw in file.boxes.get(image["id"], ()):
+    for raw in file.boxes.of(image["id"]):
         try:
             boxes.append(_box(file, raw, encoded, as_stored, report))
         except BadItemError as error:
@@ -216,7 +202,7 @@ def _box(
         label=label,
         category=file.concepts[label].name,
         crowd=raw.crowd,
-        area=raw.area if raw.area > 0 else box_area(clipped),
+        area=raw.area if 0 < raw.area <= encoded.width * encoded.height else box_area(clipped),
         segmentation=segmentation,
         pair=pair if type(pair) is int else None,
         id=raw.id,
@@ -239,31 +225,6 @@ def _segmentation(
         return segmentation_from_json(value, "segmentation", width, height)
     except AnnotationError as error:
         raise BadItemError(str(error)) from error
-
-
-def _refuse_double_ids(
-    path: Path,
-    ids: Any,
-    boxes: dict[int, list[RawBox]],
-    skip_bad: bool,
-    report: ImportReport,
-) -> None:
-    """Of boxes with the same id the first in the order of images is kept."""
-    unique, counts = np.unique(ids, return_counts=True)
-    double = set(unique[counts > 1].tolist())
-    if not double:
-        return
-    seen: set[int] = set()
-    for image_id, listed in boxes.items():
-        kept = []
-        for box in listed:
-            if box.id in double and box.id in seen:
-                where = f"{path}: image {image_id}"
-                report.bad("box", where, f"annotation id {box.id} is there twice", skip=skip_bad)
-                continue
-            seen.add(box.id)
-            kept.append(box)
-        boxes[image_id] = kept
 
 
 def _some(labels: Mapping[int, int]) -> str:

@@ -21,7 +21,7 @@ from groundwork.data.annotations import Annotations, Question
 from groundwork.data.samples import Sample
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.image_files import measure
-from groundwork.data.sources.json_files import member
+from groundwork.data.sources.json_files import is_encodable, known_members, member
 from groundwork.data.sources.keys import sample_key
 from groundwork.data.sources.report import BadItemError, ImportReport
 
@@ -126,15 +126,12 @@ def _question(record: dict[str, Any]) -> Question:
     answers = answers if isinstance(answers, list) else [answers]
     texts = [one.get("answer") if isinstance(one, dict) else one for one in answers]
     number = record.get("question_id")
-    if not all(isinstance(text, str) for text in texts) or type(number) not in (
-        int,
-        str,
-        type(None),
-    ):
-        raise BadItemError(
-            f"question {number!r}: expected strings for answers, a number for the id"
-        )
-    return Question(member(record, "question", str), tuple(map(str, texts)), number)
+    if not all(isinstance(text, str) and is_encodable(text) for text in texts):
+        raise BadItemError(f"question {number!r}: its answers are {texts!r:.60}; expected strings")
+    known = known_members(record, ["question_id"])
+    return Question(
+        member(record, "question", str), tuple(map(str, texts)), known.get("question_id")
+    )
 
 
 def _rows(path: Path) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
+from urllib.parse import urlsplit
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -54,6 +55,17 @@ def find_inside(roots: Sequence[Path], name: str) -> Path:
         if candidate.is_file():
             return candidate
     raise BadItemError(f"image file is missing (looked for {', '.join(map(str, candidates))})")
+
+
+def url_tail(url: str) -> str:
+    """`http://host/x/train2017/9.jpg` -> `train2017/9.jpg`. Raises BadItemError."""
+    try:
+        parts = urlsplit(url).path.strip("/").split("/")
+    except ValueError as error:
+        raise BadItemError(f"url {url[:200]!r} cannot be parsed ({error})") from error
+    if len(parts) < 2:
+        raise BadItemError(f"url is {url[:200]!r}; expected .../FOLDER/FILE")
+    return f"{parts[-2]}/{parts[-1]}"
 
 
 def read_image(path: Path) -> EncodedImage:

@@ -1,6 +1,7 @@
 """Annotation files in JSON: read with messages that name file, line and record."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,9 +11,9 @@ from groundwork.data.sources.report import BadItemError
 
 T = TypeVar("T")
 
-#: Bytes above which a file is read record by record: `json` needs about ten times as many in
-#: memory, and the annotations of Objects365 have gigabytes.
-LARGE_FILE = 2**29
+#: Bytes above which a file is read record by record: `json` needs up to ten times as many in
+#: memory, and the annotations of Objects365 have gigabytes. It takes no longer.
+LARGE_FILE = 2**28
 
 
 def require_files(paths: Iterable[Path]) -> None:
@@ -100,15 +101,44 @@ class JsonFile:
 
 
 def member(record: Mapping[str, Any], name: str, kind: type[T]) -> T:
-    """A member of a record that must be there with this type. Raises BadItemError."""
+    """A member of a record that must be there with this type. Raises BadItemError.
+
+    Integers fit in 64 bits, other numbers are finite, strings can be encoded in UTF-8.
+    """
     value = record.get(name)
+    if kind is float and type(value) is int and abs(value) < 2**63:
+        value = float(value)
     is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if kind is float and type(value) is int:
-        value, is_right = float(value), True
+    if kind is int and is_right:
+        is_right = -(2**63) <= value < 2**63  # type: ignore[operator]
+    elif kind is float and is_right:
+        is_right = math.isfinite(value)  # type: ignore[arg-type]
+    elif kind is str and is_right:
+        is_right = is_encodable(value)  # type: ignore[arg-type]
     if not is_right:
         found = repr(value)[:60] if name in record else "missing"
         raise BadItemError(f"{name!r} is {found}; expected {_NAMES.get(kind, kind.__name__)}")
     return value  # type: ignore[return-value]
+
+
+def known_members(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, int | str]:
+    """Those of the named members that are there and are integers or strings that can be stored."""
+    found = {name: record.get(name) for name in names}
+    return {
+        name: value
+        for name, value in found.items()
+        if (type(value) is int and abs(value) < 2**63)
+        or (isinstance(value, str) and is_encodable(value))
+    }
+
+
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 can hold a string; JSON can escape halves of characters, which it cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _NAMES = {int: "an integer", str: "a string", list: "a list", dict: "an object", float: "a number"}

@@ -12,14 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from groundwork.data.annotations import Annotations
 from groundwork.data.samples import Concept, Sample
 from groundwork.data.sources.coco import check_splits, detection_sample, same_concepts
 from groundwork.data.sources.coco_json import CocoFile, coco_images, read_coco, read_concepts
-from groundwork.data.sources.image_files import EncodedImage, inside, read_image
-from groundwork.data.sources.json_files import JsonFile, member, require_files
+from groundwork.data.sources.image_files import EncodedImage, inside, read_image, url_tail
+from groundwork.data.sources.json_files import JsonFile, is_encodable, member, require_files
 from groundwork.data.sources.report import BadItemError, ImportReport
 
 KIND: Final = "lvis"
@@ -89,7 +88,9 @@ def lvis_samples(
 
 def lvis_concept(label: int, category: Mapping[str, Any]) -> Concept:
     """`aerosol_can` -> "aerosol can", its synonyms as aliases."""
-    synonyms = [s for s in category.get("synonyms", ()) if isinstance(s, str)]
+    listed = category.get("synonyms")
+    listed = listed if isinstance(listed, list) else []
+    synonyms = [name for name in listed if isinstance(name, str) and is_encodable(name)]
     names = list(dict.fromkeys(_readable(name) for name in (category["name"], *synonyms)))
     info = {
         name: category[key]
@@ -99,7 +100,7 @@ def lvis_concept(label: int, category: Mapping[str, Any]) -> Concept:
             ("definition", "def"),
             ("frequency", "frequency"),
         )
-        if key in category
+        if key == "id" or (isinstance(category.get(key), str) and is_encodable(category[key]))
     }
     return Concept(label, names[0], tuple(names[1:]), info=info)
 
@@ -109,22 +110,18 @@ def _readable(name: str) -> str:
 
 
 def _annotation_file(config: LvisConfig, split: str) -> Path:
-    name = config.annotations.format(split=split)
+    name = config.annotations.replace("{split}", split)
     beside = config.root / name
     return beside if beside.is_file() else config.root / "annotations" / name
 
 
 def _file_name(image: Mapping[str, Any]) -> str:
-    """`.../train2017/000000391895.jpg` -> `train2017/000000391895.jpg`."""
-    parts = urlsplit(member(image, "coco_url", str)).path.strip("/").split("/")
-    if len(parts) < 2:
-        raise BadItemError(f"coco_url is {image['coco_url']!r}; expected .../FOLDER/FILE")
-    return f"{parts[-2]}/{parts[-1]}"
+    return url_tail(member(image, "coco_url", str))
 
 
 def _labels(file: CocoFile, image: Mapping[str, Any], name: str) -> tuple[int, ...]:
     numbers = member(image, name, list) if name in image else []
-    unknown = [number for number in numbers if number not in file.labels]
+    unknown = [n for n in numbers if type(n) is not int or n not in file.labels]
     if unknown:
         raise BadItemError(f"{name} has {unknown[:5]}, which are not in `categories`")
     return tuple(sorted(file.labels[number] for number in numbers))

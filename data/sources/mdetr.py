@@ -16,10 +16,11 @@ from typing import Any, Final
 
 from groundwork.data.annotations import Annotations, Box
 from groundwork.data.samples import Sample
-from groundwork.data.sources.coco_json import RawBox, coco_images, read_coco
+from groundwork.data.sources.box_table import RawBox
+from groundwork.data.sources.coco_json import coco_images, read_coco
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.image_files import EncodedImage, find_inside, read_image
-from groundwork.data.sources.json_files import member, require_files
+from groundwork.data.sources.json_files import known_members, member, require_files
 from groundwork.data.sources.keys import sample_key
 from groundwork.data.sources.report import BadItemError, ImportReport
 
@@ -60,7 +61,7 @@ def mdetr_samples(
         for image, encoded, boxes in coco_images(
             file, find, skip_bad=config.skip_bad, report=report
         ):
-            raw = {one.id: one for one in file.boxes.get(image["id"], ())}
+            raw = {one.id: one for one in file.boxes.of(image["id"])}
             try:
                 caption = member(image, "caption", str)
                 grounded = tuple(_grounded(box, raw, caption) for box in boxes)
@@ -73,7 +74,7 @@ def mdetr_samples(
                 height=encoded.height,
                 boxes=grounded,
                 has_boxes=True,
-                source={"image_id": image["id"]} | {n: image[n] for n in names if n in image},
+                source={"image_id": image["id"], **known_members(image, names)},
             )
             key = sample_key(f"{Path(image['file_name']).stem}_{image['id']}")
             yield split, Sample(key, encoded.data, encoded.format, caption, known.to_info())

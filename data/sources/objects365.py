@@ -77,6 +77,6 @@ def objects365_samples(
 
 
 def _annotation_file(config: Objects365Config, split: str) -> Path:
-    name = config.annotations.format(split=split)
+    name = config.annotations.replace("{split}", split)
     beside = config.root / name
     return beside if beside.is_file() else config.root / "annotations" / name

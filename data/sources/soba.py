@@ -77,7 +77,7 @@ def soba_samples(
             file, find, skip_bad=config.skip_bad, report=report
         ):
             try:
-                paired = paired_boxes(boxes, pairs.get(image["id"]) if pairs else None)
+                paired = paired_boxes(boxes, pairs[image["id"]] if pairs else None)
             except BadItemError as error:
                 report.bad("image", file.where(image), str(error), skip=config.skip_bad)
                 continue
@@ -113,12 +113,13 @@ def paired_boxes(boxes: list[Box], pairs: int | None = None) -> list[Box]:
     return sorted(boxes, key=lambda box: (box.label or 0, box.pair or 0))
 
 
-def _pairs(path: Path) -> Counter[Any]:
+def _pairs(path: Path) -> Counter[int]:
     """Image id -> number of records in `association_anno`; empty where there is no such list."""
     try:
-        return Counter(r.get("image_id") for _, r in JsonFile(path).records("association_anno"))
+        records = [record for _, record in JsonFile(path).records("association_anno")]
     except SourceError:
         return Counter()
+    return Counter(r["image_id"] for r in records if type(r.get("image_id")) is int)
 
 
 def _annotation_file(root: Path, split: str) -> Path:

@@ -16,6 +16,7 @@ from groundwork.data.samples import Sample, SampleError, is_member_name
 from groundwork.data.shard_index import MISSING, ShardError, scan_tar
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.image_files import measure
+from groundwork.data.sources.json_files import is_encodable
 from groundwork.data.sources.report import BadItemError, ImportReport
 
 FIELD: Final = re.compile(r"(?P<member>[a-z0-9_.]+)(?P<path>(\[[^\[\]]+\])*)", re.IGNORECASE)
@@ -129,7 +130,10 @@ def record_sample(
         if name not in taken and is_member_name(name) and not _is_text(name, fields)
     }
     unsafe = [name for name in members if name not in taken and not is_member_name(name)]
-    unsafe = [name for name in unsafe if name not in IMAGES.split(",")]
+    second = [name for name in unsafe if name in IMAGES.split(",")]
+    if second:
+        report.mended["further images of a sample left out"] += len(second)
+        unsafe = [name for name in unsafe if name not in second]
     if unsafe:
         report.mended["members of unsafe formats left out"] += len(unsafe)
     try:
@@ -207,7 +211,10 @@ def _questions(record: TarRecord, fields: TarFields) -> tuple[Question, ...]:
 
 
 def _metadata(record: TarRecord) -> dict[str, Any]:
-    value = _json(record.members["json"], "json") if "json" in record.members else {}
+    content = record.members.get("json", b"{}")
+    value = _json(content, "json")
+    if b"\\u" in content and not is_encodable(json.dumps(value, ensure_ascii=False)):
+        raise BadItemError("its member 'json' escapes half a character, which UTF-8 cannot hold")
     return value if isinstance(value, dict) else {"json": value}
 
 

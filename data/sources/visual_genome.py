@@ -13,15 +13,14 @@ also in COCO: `without_coco` leaves those out.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final, Literal
-from urllib.parse import urlsplit
 
 from groundwork.data.annotations import Annotations, Box, Xyxy, clip_box
 from groundwork.data.samples import Sample
 from groundwork.data.sources.errors import SourceError
-from groundwork.data.sources.image_files import EncodedImage, inside, read_image
-from groundwork.data.sources.json_files import JsonFile, member
+from groundwork.data.sources.image_files import EncodedImage, inside, read_image, url_tail
+from groundwork.data.sources.json_files import JsonFile, is_encodable, known_members, member
 from groundwork.data.sources.keys import hash_fraction, sample_key
 from groundwork.data.sources.report import BadItemError, ImportReport
 from groundwork.data.sources.upright import annotated_as_stored, upright_box
@@ -73,22 +72,23 @@ def visual_genome_samples(
             if config.without_coco and picture.get("coco_id") is not None:
                 report.mended["pictures of COCO left out"] += 1
                 continue
-            encoded = read_image(inside(config.root, _file_name(picture)))
+            encoded = read_image(inside(config.root, url_tail(member(picture, "url", str))))
             as_stored = annotated_as_stored(
                 encoded, member(picture, "width", int), member(picture, "height", int)
             )
+            entries = member(record, "regions" if is_regions else "objects", list)
         except BadItemError as error:
             report.bad("image", where, str(error), skip=config.skip_bad)
             continue
         text, boxes = "", []
-        for entry in record.get("regions" if is_regions else "objects", ()):
+        for entry in entries:
             try:
                 phrase = _phrase(entry, is_regions)
+                identifier = member(entry, "region_id" if is_regions else "object_id", int)
                 xyxy = _xyxy(entry, encoded, as_stored, report)
             except BadItemError as error:
                 report.bad("box", where, str(error), skip=config.skip_bad)
                 continue
-            identifier = entry.get("region_id" if is_regions else "object_id")
             spans: tuple[tuple[int, int], ...] = ()
             if is_regions:
                 text += "\n" if text else ""
@@ -101,7 +101,7 @@ def visual_genome_samples(
             height=encoded.height,
             boxes=tuple(boxes),
             has_boxes=True,
-            source={"image_id": number, "coco_id": picture.get("coco_id")},
+            source={"image_id": number, **known_members(picture, ["coco_id"])},
         )
         is_val = hash_fraction(config.seed, str(number)) < config.val_fraction
         sample = Sample(
@@ -123,14 +123,6 @@ def _pictures(config: VisualGenomeConfig, report: ImportReport) -> dict[int, Map
     return pictures
 
 
-def _file_name(picture: Mapping[str, Any]) -> str:
-    """`https://.../VG_100K_2/1.jpg` -> `VG_100K_2/1.jpg`."""
-    parts = urlsplit(member(picture, "url", str)).path.strip("/").split("/")
-    if len(parts) < 2:
-        raise BadItemError(f"url is {picture['url']!r}; expected .../FOLDER/FILE")
-    return str(PurePosixPath(*parts[-2:]))
-
-
 def _phrase(entry: Any, is_region: bool) -> str:
     """The phrase of a region, on one line, or the first name of an object."""
     if not isinstance(entry, dict):
@@ -139,7 +131,8 @@ def _phrase(entry: Any, is_region: bool) -> str:
         phrase = " ".join(member(entry, "phrase", str).split())
     else:
         names = member(entry, "names", list)
-        phrase = names[0].strip() if names and isinstance(names[0], str) else ""
+        is_name = bool(names) and isinstance(names[0], str) and is_encodable(names[0])
+        phrase = names[0].strip() if is_name else ""
     if not phrase:
         number = entry.get("region_id" if is_region else "object_id")
         raise BadItemError(f"entry {number} has neither a phrase nor a name")

@@ -122,7 +122,8 @@ def _answers(
             if number in answers:
                 raise BadItemError("is there twice")
             replies = tuple(_answer(reply) for reply in member(record, "answers", list))
-            answers[number] = (replies, str(record.get("answer_type", "")))
+            kind = member(record, "answer_type", str) if "answer_type" in record else ""
+            answers[number] = (replies, kind)
         except BadItemError as error:
             report.bad("question", where, str(error), skip=config.skip_bad)
     return answers

@@ -376,7 +376,7 @@ def test_lvis_knows_absent_and_partly_boxed_classes(lvis_root: Path) -> None:
         ({"neg_category_ids": [7]}, r"image 9: neg_category_ids has \[7\]"),
         ({"coco_url": "http://host/train2017/x.jpg"}, "image 9: image file .* is missing"),
         ({"coco_url": "http://host/x.jpg"}, "expected .../FOLDER/FILE"),
-        ({"coco_url": "x.jpg"}, "coco_url is 'x.jpg'"),
+        ({"coco_url": "x.jpg"}, "url is 'x.jpg'"),
         ({"coco_url": "http://h/../x.jpg"}, "leads out of"),
         ({"coco_url": None}, "'coco_url' is None"),
     ],

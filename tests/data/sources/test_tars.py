@@ -283,6 +283,8 @@ def test_other_members_pass_and_code_does_not(tmp_path: Path, picture: Any) -> N
         ({"k.jpg": None, "k.json": b"{"}, "'json' is not JSON"),
         ({"k.jpg": None, "k.json": b"[" * 10**5}, "'json' is not JSON"),
         ({"k.jpg": None, "k.json": {"caption": 3}}, "text in 'json' is 3"),
+        ({"k.jpg": None, "k.json": b'{"a": "\\ud800"}'}, "escapes half a character"),
+        ({"k.jpg": None, "k.json": b'{"caption": "\\ud800"}'}, "escapes half a character"),
         ({"k.jpg": None, "k.cls": "cat"}, "label in 'cls' is 'cat'"),
     ],
 )

@@ -118,7 +118,7 @@ def test_karpathys_splits_put_restval_to_train(tmp_path: Path, picture: Any, put
         ("train", "COCO_val2014_000000060623", "A cat 60623."),
         ("train", "COCO_train2014_000000000009", "A cat 9."),
     ]
-    assert pairs[0][1].info["source"]["image_id"] == 391895
+    assert pairs[0][1].info["source"]["cocoid"] == 391895
     record["images"][0]["filepath"] = "../val2014"
     put(tmp_path / "dataset_coco.json", record)
     with pytest.raises(SourceError, match=r"COCO_val2014_000000391895.jpg: .* refused"):
@@ -291,7 +291,7 @@ ROW = b"7\t"
         (None, b"7\t[{]", "line 2: key '7': its texts are not JSON"),
         (None, b'7\t{"caption": "x"}', "its texts are .*expected a list of objects"),
         (None, b'7\t[{"caption": 3}]', "'caption' is 3"),
-        (None, b'7\t[{"question": "?", "answers": [3]}]', "expected strings for answers"),
+        (None, b'7\t[{"question": "?", "answers": [3]}]', "its answers are .*expected strings"),
         (None, b"7", "line 2: has 1 columns"),
     ],
 )
