@@ -1,6 +1,7 @@
 """depthwise_norm_gelu and residual_norm against plain PyTorch in float64, on the CPU."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -328,6 +329,16 @@ def test_a_wrong_tensor_of_a_residual_is_named() -> None:
         residual_norm(x, y, *vectors, backend="cuda")
     with pytest.raises(ValueError, match=r"'cpu' cannot run: a tensor is torch.float16, not"):
         residual_norm(x.half(), y.half(), *(v.half() for v in vectors), backend="cpu")
+
+
+@pytest.mark.parametrize("module", [depthwise_norm_gelu_cpu, residual_norm_cpu])
+@pytest.mark.parametrize("compiler", ["clang++", "aarch64-linux-gnu-g++"])
+def test_other_compilers_and_processors(compiler: str, module: Any, tmp_path: Path) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} in PATH")
+    flags = [*host_compiler.COMMON_FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    source = host_compiler.SOURCES / module.SOURCE
+    subprocess.run([compiler, *flags, "-c", source, "-o", tmp_path / "code.o"], check=True)
 
 
 SANITIZED = """
