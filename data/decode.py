@@ -16,7 +16,8 @@ import io
 import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -90,10 +91,17 @@ def decode_image(data: bytes) -> Image.Image:
     Raises SampleError for what is no image, is cut off, or is over MAX_PIXELS; the size is checked
     before a pixel is decoded.
     """
-    with warnings.catch_warnings():
-        # of large images and corrupt metadata; what matters of it ends in an error
-        warnings.simplefilter("ignore")
+    with ignoring_warnings():
         return decode_opened(open_image(data))
+
+
+@contextmanager
+def ignoring_warnings() -> Iterator[None]:
+    """Without Pillow's warnings of large images and corrupt metadata; what matters of it ends in
+    an error. Of the whole process, so not for threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -126,6 +134,23 @@ def decode_opened(image: Image.Image) -> Image.Image:
         return rgb if method is None else rgb.transpose(method)
     except Exception as error:
         raise _undecodable(error) from error
+
+
+def peculiarities(image: Image.Image) -> list[tuple[Diagnosis, str]]:
+    """What is unusual about an opened image, all of which decoding takes care of."""
+    notes = []
+    if image.mode == "CMYK":
+        notes.append((Diagnosis.CMYK_IMAGE, "CMYK, converted to RGB"))
+    # colours of 16 bits are brought to 8 while they are read, so only the stored layout tells
+    is_deep = any("16" in str(tile[3]) for tile in image.tile)
+    if image.mode == "I" or image.mode.startswith("I;16") or is_deep:
+        notes.append((Diagnosis.DEEP_IMAGE, "16 bits, brought to 8"))
+    if (orientation := _orientation(image)) in UPRIGHT:
+        notes.append((Diagnosis.ROTATED_IMAGE, f"EXIF orientation {orientation}, turned upright"))
+    # MPO, a JPEG with further views, is none
+    if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+        notes.append((Diagnosis.ANIMATED_IMAGE, f"{frames} frames, the first is taken"))
+    return notes
 
 
 def jpeg_turn(image: Image.Image) -> Turn | None:

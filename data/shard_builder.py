@@ -146,17 +146,16 @@ def build_shards(
     parts = parts_folder(out)
     with data_set_written_atomically(out) as directory:
         _clean(parts, digests)
-        finished: list[_UnitShards] = []
         task = _Task(read, parts, name, limits)
-        samples = resumed = 0
         try:
-            with closing(_finished_units(task, digests, units, workers)) as in_order:
-                for unit in in_order:
-                    finished.append(unit)
-                    samples, resumed = samples + unit.samples, resumed + unit.is_resumed
-                    for note in unit.notes:
-                        on_note(note)
-                    on_progress(Progress(len(finished), len(units), samples, resumed))
+            finished = _build_units(task, digests, units, workers, on_progress, on_note)
+            splits = _link_shards(finished, directory)
+            if not splits:
+                shutil.rmtree(parts)
+                raise no_sample(name, out)
+            manifest = finish_data_set(
+                directory, splits, name=name, source=source, licence=licence, concepts=concepts
+            )
         except BrokenProcessPool as error:
             raise ShardError(
                 f"{out}: a worker process died, most likely because memory ran out; start again "
@@ -167,17 +166,31 @@ def build_shards(
                 error.filename = str(out)  # the hidden folder means nothing to who reads this
             raise
         finally:
-            if len(finished) < len(units):
+            if sys.exc_info()[0] is not None:
                 _keep_or_remove(parts, len(units), on_note)
-        splits = _link_shards(finished, directory)
-        if not splits:
-            shutil.rmtree(parts)
-            raise no_sample(name, out)
-        manifest = finish_data_set(
-            directory, splits, name=name, source=source, licence=licence, concepts=concepts
-        )
     shutil.rmtree(parts, ignore_errors=True)
     return manifest
+
+
+def _build_units(
+    task: _Task,
+    digests: Sequence[str],
+    units: Sequence[Unit],
+    workers: int,
+    on_progress: Callable[[Progress], None],
+    on_note: Note,
+) -> list[_UnitShards]:
+    """Finish all units, and tell of each in their order."""
+    finished: list[_UnitShards] = []
+    samples = resumed = 0
+    with closing(_finished_units(task, digests, units, workers)) as in_order:
+        for unit in in_order:
+            finished.append(unit)
+            samples, resumed = samples + unit.samples, resumed + unit.is_resumed
+            for note in unit.notes:
+                on_note(note)
+            on_progress(Progress(len(finished), len(units), samples, resumed))
+    return finished
 
 
 def parts_folder(out: Path) -> Path:
@@ -228,7 +241,7 @@ def _finished_units(
         yield from map(task, digests, units)
         return
     waiting = iter(zip(digests, units, strict=True))
-    with _worker_processes(min(workers, len(units) or 1)) as executor:
+    with worker_processes(min(workers, len(units) or 1)) as executor:
         pending: deque[Future[_UnitShards]] = deque(
             executor.submit(task, *unit) for unit in islice(waiting, LOOK_AHEAD * workers)
         )
@@ -239,7 +252,7 @@ def _finished_units(
 
 
 @contextmanager
-def _worker_processes(workers: int) -> Iterator[ProcessPoolExecutor]:
+def worker_processes(workers: int) -> Iterator[ProcessPoolExecutor]:
     # spawned, not forked: the caller may hold threads (torch) that do not survive a fork
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, context, _start_worker)

@@ -109,11 +109,7 @@ class TarReader:
     def _checked_size(self, header: bytes, position: int) -> int:
         """The size field of a header whose checksum holds."""
         try:
-            stated = octal(header[148:156])
-            # both sums are of all bytes, those of the checksum itself counting as blanks
-            content = header[:148] + header[156:]
-            unsigned = sum(content.translate(None, b"\0")) + 8 * 0x20
-            if stated != unsigned and stated != unsigned - 256 * sum(b > 127 for b in content):
+            if not checksum_holds(header):
                 raise ValueError("checksum")
             size = number(header[124:136])
         except ValueError:
@@ -257,6 +253,15 @@ def truncated(tar_bytes: int, needed: int) -> str:
 def padded(size: int) -> int:
     """`size` rounded up to whole blocks."""
     return -(-size // BLOCK) * BLOCK
+
+
+def checksum_holds(header: bytes) -> bool:
+    """Whether a block is a header. Raises ValueError where its checksum is no number."""
+    stated = octal(header[148:156])
+    # both sums are of all bytes, those of the checksum itself counting as blanks
+    content = header[:148] + header[156:]
+    unsigned = sum(content.translate(None, b"\0")) + 8 * 0x20
+    return stated in (unsigned, unsigned - 256 * sum(b > 127 for b in content))
 
 
 def number(field: bytes) -> int:
