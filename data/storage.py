@@ -8,7 +8,6 @@ import errno
 import fnmatch
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -89,7 +88,7 @@ def is_remote(url: str) -> bool:
     return REMOTE.match(url) is not None and not url.startswith("file://")
 
 
-class _OpenFile:
+class OpenFile:
     """A file descriptor that is closed when nobody reads from it any more."""
 
     __slots__ = ("fd",)
@@ -111,19 +110,20 @@ class LocalStorage:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        # every operation on it is atomic, so that threads share it without a lock, which a fork
-        # in the wrong moment would leave locked for ever
-        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+        # threads share it without a lock, which a fork in the wrong moment would leave locked for
+        # ever: only operations that are atomic, and none that drops a value, since closing a file
+        # in the middle of an operation lets another thread in
+        self._open: dict[str, OpenFile] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": {}}
 
     def where(self, name: str) -> str:
         return str(self.folder / name)
 
     def size(self, name: str) -> int:
         try:
-            file = self._file(name)
+            file = self.open(name)
             return os.fstat(file.fd).st_size
         except OSError as error:
             raise self._failure(name, error) from error
@@ -136,7 +136,7 @@ class LocalStorage:
             raise ValueError(f"{name}: bytes {begin} to {end} are no range")
         try:
             # held by a variable, or another thread could close the descriptor before it is read
-            file = self._file(name)
+            file = self.open(name)
             data = os.pread(file.fd, end - begin, begin)
         except OSError as error:
             if error.errno == errno.ESTALE:  # replaced on a network file system
@@ -150,7 +150,7 @@ class LocalStorage:
         position = begin + len(data)
         while position < end and parts[-1]:
             try:
-                file = self._file(name)
+                file = self.open(name)
                 parts.append(os.pread(file.fd, end - position, position))
             except OSError as error:
                 raise self._failure(name, error) from error
@@ -171,7 +171,7 @@ class LocalStorage:
             return
         for name, begin, end in requests:
             try:
-                file = self._file(name)
+                file = self.open(name)
                 os.posix_fadvise(file.fd, begin, max(0, end - begin), os.POSIX_FADV_WILLNEED)
             except (OSError, ValueError):
                 continue  # whoever reads it will say what is wrong
@@ -192,16 +192,16 @@ class LocalStorage:
         self._open.pop(name, None)  # small files are replaced now and then
         return self.read(name, 0, self.size(name))
 
-    def _file(self, name: str) -> _OpenFile:
-        file = self._open.get(name)
-        if file is not None:
-            with suppress(KeyError):  # another thread has just let go of it
-                self._open.move_to_end(name)
-            return file
-        check_name(name)
-        file = self._open[name] = _OpenFile(self.folder / name)
+    def open(self, name: str) -> OpenFile:
+        """A file for reading at any place, as long as the result is held. Raises OSError."""
+        file = self._open.pop(name, None)
+        if file is None:
+            check_name(name)
+            file = OpenFile(self.folder / name)
+        file = self._open.setdefault(name, file)  # the last one is the one used last
         while len(self._open) > MAX_OPEN_FILES:
-            self._open.popitem(last=False)
+            with suppress(RuntimeError, StopIteration):  # another thread has just changed it
+                self._open.pop(next(iter(self._open)), None)
         return file
 
     def _failure(self, name: str, error: OSError) -> StorageError:
