@@ -394,7 +394,9 @@ def test_other_formats_are_cropped_and_resized_by_pillow(kind: str, resample: st
 
 @pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
 def test_a_jpeg_of_the_right_size_is_cut_and_resized_as_by_pillow(resample: str) -> None:
-    data = encoded(noise(90, 70), "JPEG", quality=90)
+    # not so bright that a cubic overshoots: both cut its first pass to bytes, but rows and columns
+    # may change places
+    data = encoded(noise(90, 70).point(lambda level: 85 + level // 3), "JPEG", quality=90)
     transform = ImageTransform(size=48, resample=resample)  # type: ignore[arg-type]
     for seed in range(5):
         box = random_crop_box(90, 70, transform, np.random.default_rng(seed))
@@ -402,7 +404,7 @@ def test_a_jpeg_of_the_right_size_is_cut_and_resized_as_by_pillow(resample: str)
         expected = np.array(crop.resize((48, 48), transform.filter))
         pixels = training_image(data, transform, np.random.default_rng(seed))
         difference = np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - expected)
-        assert difference.max() <= 3  # two roundings, and what a cubic makes of them
+        assert difference.max() <= 2  # two roundings
         assert difference.mean() < 0.3
 
 
