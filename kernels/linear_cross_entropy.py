@@ -34,6 +34,8 @@ def linear_cross_entropy(
     once: the gradients are computed with the loss.
     """
     _check(x, weight, targets, bias, label_smoothing, reduction)
+    if not torch.is_grad_enabled():  # the function below would compute gradients all the same
+        x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
     loss: Tensor = _LinearCrossEntropy.apply(
         x, weight, targets, bias, label_smoothing, ignore_index, reduction
     )

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from groundwork.kernels import linear_cross_entropy as module
 from groundwork.kernels.linear_cross_entropy import (
@@ -129,3 +130,11 @@ def test_a_wrong_argument_is_named(change: dict[str, Any], message: str) -> None
     arguments: dict[str, Any] = {"x": x, "weight": weight, "targets": targets, **change}
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**arguments)
+
+
+def test_without_gradients_only_the_loss_is_computed() -> None:
+    tensors = draw(12, 8, 20, 0, bias=True)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        loss = linear_cross_entropy(*tensors)
+    assert counter.get_total_flops() == 2 * 12 * 8 * 20
+    torch.testing.assert_close(loss, linear_cross_entropy_reference(*tensors).detach())
