@@ -147,7 +147,7 @@ def build_shards(
     with data_set_written_atomically(out) as directory:
         _clean(parts, digests)
         task = _Task(read, parts, name, limits)
-        try:
+        with _keeping_what_is_finished(out, len(units), on_note):
             finished = _build_units(task, digests, units, workers, on_progress, on_note)
             splits = _link_shards(finished, directory)
             if not splits:
@@ -156,18 +156,6 @@ def build_shards(
             manifest = finish_data_set(
                 directory, splits, name=name, source=source, licence=licence, concepts=concepts
             )
-        except BrokenProcessPool as error:
-            raise ShardError(
-                f"{out}: a worker process died, most likely because memory ran out; start again "
-                "with fewer --workers, and the build goes on where it stopped"
-            ) from error
-        except OSError as error:
-            if error.filename is None or Path(error.filename).parent == parts:
-                error.filename = str(out)  # the hidden folder means nothing to who reads this
-            raise
-        finally:
-            if sys.exc_info()[0] is not None:
-                _keep_or_remove(parts, len(units), on_note)
     shutil.rmtree(parts, ignore_errors=True)
     return manifest
 
@@ -199,15 +187,30 @@ def parts_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.parts")
 
 
-def _keep_or_remove(parts: Path, total_units: int, on_note: Note) -> None:
-    """Say what an unfinished build leaves for the next one; leave nothing where no unit is done."""
-    if done := sum(1 for _ in parts.glob("*.json")):
-        on_note(
-            f"{done} of {total_units} units are finished and kept in {parts}: the same command "
-            "goes on from there; delete that folder if it is not wanted"
-        )
-    else:
-        shutil.rmtree(parts, ignore_errors=True)
+@contextmanager
+def _keeping_what_is_finished(out: Path, total_units: int, on_note: Note) -> Iterator[None]:
+    """After an error, say what is left for the next build; leave nothing where no unit is done."""
+    parts = parts_folder(out)
+    try:
+        yield
+    except BaseException as error:
+        if done := sum(1 for _ in parts.glob("*.json")):
+            on_note(
+                f"{done} of {total_units} units are finished and kept in {parts}: the same "
+                "command goes on from there; delete that folder if it is not wanted"
+            )
+        else:
+            shutil.rmtree(parts, ignore_errors=True)
+        if isinstance(error, BrokenProcessPool):
+            raise ShardError(
+                f"{out}: a worker process died, most likely because memory ran out; start again "
+                "with fewer --workers, and the build goes on where it stopped"
+            ) from error
+        if isinstance(error, OSError) and (
+            error.filename is None or Path(error.filename).parent == parts
+        ):
+            error.filename = str(out)  # the hidden folder means nothing to who reads this
+        raise
 
 
 def _digests(

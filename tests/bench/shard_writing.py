@@ -4,8 +4,9 @@ All sides write the same small records (a JPEG of about 4 KB, a caption, some JS
 number of tars. webdataset's ShardWriter is taken as its documentation shows it, and with its
 encoders off, which is its fastest setting; it neither indexes nor waits for the disk. Ours writes
 the side-cars too, with and without waiting for the disk. `write_shards` is the whole way: samples
-to a data set with checksums, statistics and a card. Rounds alternate between the sides, the ratio is
-taken within a round. Then the tars are scanned, as foreign ones are when they are first opened.
+to a data set with checksums, statistics and a card. Rounds alternate between the sides, the ratio
+is taken within a round. Then the tars are scanned, as foreign ones are when they are first
+opened.
 """
 
 import argparse

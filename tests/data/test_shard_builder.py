@@ -178,6 +178,33 @@ def test_after_an_error_only_what_is_missing_is_built(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
 
 
+@pytest.mark.parametrize("units_done", [1, 3, 4])
+def test_whatever_ends_a_build_the_next_goes_on(units_done: int, tmp_path: Path) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.units == units_done:
+            raise KeyboardInterrupt
+
+    notes: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        build(UNITS, read_range, tmp_path / "out", on_progress=interrupt, on_note=notes.append)
+    assert notes[-1].startswith(f"{units_done} of 4 units are finished and kept")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.parts"]
+    seen: list[Progress] = []
+    build(UNITS, read_range, tmp_path / "out", on_progress=seen.append)
+    assert seen[-1].resumed == units_done
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_builds_of_one_data_set_do_not_mix(tmp_path: Path) -> None:
+    def meddle(progress: Progress) -> None:
+        if progress.units == 2:
+            with pytest.raises(ShardError, match="another process is writing this folder"):
+                build(UNITS, read_range, tmp_path / "out")
+
+    build(UNITS, read_range, tmp_path / "out", on_progress=meddle)
+    assert read_manifest(tmp_path / "out").samples("train") == 10
+
+
 def unfinished(out: Path, **options: Any) -> Path:
     with pytest.raises(SourceBrokeError):
         build(UNITS, breaking, out, **options)
