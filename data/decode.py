@@ -142,7 +142,7 @@ def peculiarities(image: Image.Image) -> list[tuple[Diagnosis, str]]:
     if image.mode == "CMYK":
         notes.append((Diagnosis.CMYK_IMAGE, "CMYK, converted to RGB"))
     # colours of 16 bits are brought to 8 while they are read, so only the stored layout tells
-    is_deep = any("16" in str(tile[3]) for tile in image.tile)
+    is_deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     if image.mode == "I" or image.mode.startswith("I;16") or is_deep:
         notes.append((Diagnosis.DEEP_IMAGE, "16 bits, brought to 8"))
     if (orientation := _orientation(image)) in UPRIGHT:

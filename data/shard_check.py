@@ -75,10 +75,14 @@ class Checks:
 
 @dataclass(frozen=True)
 class CheckedShard:
-    """keys: of `samples_of` the shard in order, empty where one is bad. bytes: of the tar."""
+    """keys, offsets: of `samples_of` the shard in order; keys are empty where a sample is bad.
+
+    bytes: of the tar.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     bytes: int = 0
 
 
@@ -114,10 +118,18 @@ def samples_of(path: Path) -> tuple[TarContent, ShardIndex | None, list[Problem]
 
 
 def check_shard(shard: ShardFile, checks: Checks) -> CheckedShard:
-    """All that is wrong or unusual with a shard. Raises OSError where the disk fails."""
-    if not shard.path.is_file():
+    """All that is wrong or unusual with a shard."""
+    try:
+        return _check_shard(shard, checks)
+    except FileNotFoundError:
         detail = "not there; fetch or build it again"
         return CheckedShard([Finding(shard.file, "", 0, Diagnosis.MISSING_SHARD, detail)])
+    except OSError as error:
+        detail = f"{error.strerror or error}; check its permissions and its disk"
+        return CheckedShard([Finding(shard.file, "", 0, Diagnosis.UNREADABLE, detail)])
+
+
+def _check_shard(shard: ShardFile, checks: Checks) -> CheckedShard:
     tar_bytes = shard.path.stat().st_size
     content, index, index_problems = samples_of(shard.path)
     problems = [*content.problems, *index_problems]
@@ -159,7 +171,8 @@ def check_shard(shard: ShardFile, checks: Checks) -> CheckedShard:
         "" if any(problem.diagnosis.is_bad for problem in of_sample) else sample.key
         for sample, of_sample in zip(content.samples, found, strict=True)
     ]
-    return CheckedShard(sorted(findings, key=lambda f: f.offset), keys, tar_bytes)
+    offsets = [sample.offset for sample in content.samples]
+    return CheckedShard(sorted(findings, key=lambda f: f.offset), keys, offsets, tar_bytes)
 
 
 class _SampleChecker:
