@@ -71,7 +71,8 @@ def flickr30k_samples(
             try:
                 encoded = read_image(inside(images, f"{name}.jpg"))
                 captions = _captions(inside(config.root, f"Sentences/{name}.txt"))
-                boxes = _boxes(inside(config.root, f"Annotations/{name}.xml"), encoded, report)
+                annotation = inside(config.root, f"Annotations/{name}.xml")
+                boxes = _boxes(config, annotation, encoded, report)
             except BadItemError as error:
                 where = f"{config.root}: picture {name}"
                 report.bad("image", where, str(error), skip=config.skip_bad)
@@ -171,7 +172,9 @@ def _joined(captions: list[tuple[str, list[Phrase]]]) -> tuple[str, list[Phrase]
     return text, moved
 
 
-def _boxes(path: Path, encoded: EncodedImage, report: ImportReport) -> list[tuple[set[str], Box]]:
+def _boxes(
+    config: Flickr30kConfig, path: Path, encoded: EncodedImage, report: ImportReport
+) -> list[tuple[set[str], Box]]:
     """The boxes of a picture, each with the numbers of the entities that it shows."""
     root = _xml(path)
     width, height = (_number(root, f"size/{name}") for name in ("width", "height"))
@@ -181,31 +184,46 @@ def _boxes(path: Path, encoded: EncodedImage, report: ImportReport) -> list[tupl
         entities = {name.text or "" for name in entry.findall("name")}
         if entry.find("bndbox") is None:
             continue  # a scene, or an entity that cannot be seen
-        # pixels counted from 1, the last one included
-        x0, y0 = _number(entry, "bndbox/xmin") - 1, _number(entry, "bndbox/ymin") - 1
-        xyxy: Xyxy = (x0, y0, _number(entry, "bndbox/xmax"), _number(entry, "bndbox/ymax"))
-        if as_stored:
-            xyxy = upright_box(xyxy, encoded.orientation, encoded.stored_size)
-        clipped = clip_box(xyxy, encoded.width, encoded.height)
-        if clipped is None:
-            raise BadItemError(
-                f"{path}: box {list(map(int, xyxy))} of entity {', '.join(sorted(entities))} has "
-                f"no area inside of the picture of {encoded.width} x {encoded.height} pixels"
-            )
-        if clipped != xyxy:
-            report.mended["boxes cut to their picture"] += 1
-        boxes.append((entities, Box(clipped)))
+        try:
+            xyxy = _xyxy(entry, encoded, as_stored, report)
+        except BadItemError as error:
+            where = f"{path}: box of entity {', '.join(sorted(entities))}"
+            report.bad("box", where, str(error), skip=config.skip_bad)
+            continue
+        boxes.append((entities, Box(xyxy)))
     return boxes
+
+
+def _xyxy(
+    entry: ElementTree.Element, encoded: EncodedImage, as_stored: bool, report: ImportReport
+) -> Xyxy:
+    # pixels counted from 1, the last one included
+    x0, y0 = _number(entry, "bndbox/xmin") - 1, _number(entry, "bndbox/ymin") - 1
+    xyxy: Xyxy = (x0, y0, _number(entry, "bndbox/xmax"), _number(entry, "bndbox/ymax"))
+    if as_stored:
+        xyxy = upright_box(xyxy, encoded.orientation, encoded.stored_size)
+    clipped = clip_box(xyxy, encoded.width, encoded.height)
+    if clipped is None:
+        raise BadItemError(
+            f"{list(map(int, xyxy))} has no area inside of the picture of {encoded.width} x "
+            f"{encoded.height} pixels"
+        )
+    if clipped != xyxy:
+        report.mended["boxes cut to their picture"] += 1
+    return clipped
 
 
 def _xml(path: Path) -> ElementTree.Element:
     try:
-        content = path.read_bytes()
-        if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+        content = path.read_text("utf-8")
+        if "\0" in content:
+            # the parser would guess an encoding in which the next check finds nothing
+            raise BadItemError(f"{path} cannot be read (not UTF-8)")
+        if "<!DOCTYPE" in content or "<!ENTITY" in content:
             # entities can make a small file fill all memory
             raise BadItemError(f"{path} declares a document type, which annotations do not need")
         return ElementTree.fromstring(content)
-    except (OSError, ElementTree.ParseError) as error:
+    except (OSError, UnicodeDecodeError, ElementTree.ParseError) as error:
         raise BadItemError(f"{path} cannot be read ({error})") from error
 
 

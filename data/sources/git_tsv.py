@@ -27,6 +27,9 @@ from groundwork.data.sources.report import BadItemError, ImportReport
 
 KIND: Final = "git_tsv"
 
+#: Bytes of the longest row that is read.
+MAX_ROW = 2**28
+
 
 @dataclass(frozen=True)
 class GitTsvConfig:
@@ -143,7 +146,12 @@ def _rows(path: Path) -> Iterator[bytes]:
     except FileNotFoundError as error:
         raise SourceError(f"{path}: this table is missing; fetch it") from error
     with file:
-        for number, line in enumerate(file):
+        lines = iter(lambda: file.readline(MAX_ROW + 1), b"")
+        for number, line in enumerate(lines):
+            if len(line) > MAX_ROW:
+                raise SourceError(
+                    f"{path}: line {number + 1} is longer than {MAX_ROW:,} bytes: this is no table"
+                )
             if offsets is not None and next(offsets, None) != position:
                 raise SourceError(
                     f"{path}: line {number + 1} begins at byte {position:,}, its side-car says "

@@ -21,6 +21,8 @@ from groundwork.data.sources.report import BadItemError, ImportReport
 
 FIELD: Final = re.compile(r"(?P<member>[a-z0-9_.]+)(?P<path>(\[[^\[\]]+\])*)", re.IGNORECASE)
 IMAGES: Final = "jpg,jpeg,png,webp"
+#: Bytes of the largest sample that is read into memory.
+MAX_SAMPLE = 2**30
 #: Members of clips; a sample that has one needs no still image.
 CLIPS: Final = ("mp4", "webm", "mkv", "mov", "avi")
 
@@ -80,6 +82,11 @@ def tar_records(tar: Path, report: ImportReport, *, skip_bad: bool) -> Iterator[
     with tar.open("rb") as file:
         for row in range(len(index)):
             members = {}
+            size = int(index.sizes[row].clip(0).sum())
+            if size > MAX_SAMPLE:
+                where = f"{tar}: sample {index.key(row)!r}"
+                report.bad("sample", where, f"has {size:,} bytes, which is too much", skip=skip_bad)
+                continue
             for name, offset, size in zip(
                 index.fields, index.offsets[row].tolist(), index.sizes[row].tolist(), strict=True
             ):

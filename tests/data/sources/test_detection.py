@@ -455,6 +455,30 @@ def test_objects365_without_a_picture_says_where_it_looked(tmp_path: Path, put: 
         list(objects365_samples(config))
 
 
+def test_pictures_are_read_one_at_a_time(root: Path) -> None:
+    (root / "train2017" / "000000000009.jpg").unlink()
+    stream = coco_samples(CocoConfig(root))
+    assert next(stream)[1].key == "000000000030"
+    with pytest.raises(SourceError, match=r"000000000009.jpg is missing"):
+        next(stream)
+
+
+def test_masks_are_those_of_cocos_own_tools(root: Path) -> None:
+    """Oracle: pycocotools reading the same file."""
+    from pycocotools.coco import COCO
+
+    theirs = COCO(str(root / "annotations" / "instances_train2017.json"))
+    for _, sample in coco_samples(CocoConfig(root, splits=("train",))):
+        for box in annotations_from_info(sample.info).boxes:
+            record = theirs.anns[box.id]
+            assert box.segmentation is not None
+            mask = segmentation_mask(box.segmentation, 6, 8)
+            np.testing.assert_array_equal(mask, theirs.annToMask(record))
+            left, top, width, height = record["bbox"]
+            assert box.xyxy == (left, top, left + width, top + height)
+            assert theirs.cats[record["category_id"]]["name"] == box.category
+
+
 def test_samples_survive_a_tar(root: Path) -> None:
     for _, sample in coco_samples(CocoConfig(root)):
         fields = sample.fields()

@@ -131,7 +131,6 @@ def test_brackets_that_do_not_end_are_refused() -> None:
         ("Annotations/1000092795.xml", "<annotation>", "<!DOCTYPE a><annotation>", "document type"),
         ("Annotations/1000092795.xml", "<width>50", "<width>60", "annotations are for 60 x 40"),
         ("Annotations/1000092795.xml", "<width>50", "<width>wide", "size/width .* 'wide'"),
-        ("Annotations/1000092795.xml", "<xmin>10", "<xmin>51", "entity 283585, 283587 has no area"),
         ("train.txt", "1000092795", "../x", "leads out of"),
         ("train.txt", "1000092795", "17", "image file .*17.jpg is missing"),
     ],
@@ -147,6 +146,26 @@ def test_flickr30k_names_what_is_wrong(
     report = ImportReport()
     kept = list(flickr30k_samples(Flickr30kConfig(flickr, skip_bad=True), report))
     assert [split for split, _ in kept] == ["test"] * 3 and report.skipped == {"image": 1}
+
+
+def test_xml_in_another_encoding_cannot_smuggle_entities(flickr: Path) -> None:
+    bomb = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>'
+    for encoding in ("utf-8", "utf-16", "utf-16-le", "utf-32"):
+        (flickr / "Annotations" / "1000092795.xml").write_bytes(bomb.encode(encoding))
+        with pytest.raises(SourceError, match=r"1000092795\.xml (declares|cannot be read)"):
+            list(flickr30k_samples(Flickr30kConfig(flickr)))
+
+
+def test_a_bad_box_of_flickr30k_costs_itself_only(flickr: Path) -> None:
+    path = flickr / "Annotations" / "1000092795.xml"
+    path.write_text(path.read_text().replace("<xmin>10", "<xmin>51"))
+    with pytest.raises(SourceError, match=r"xml: box of entity 283585, 283587: .* has no area"):
+        list(flickr30k_samples(Flickr30kConfig(flickr)))
+    report = ImportReport()
+    config = Flickr30kConfig(flickr, splits=("train",), skip_bad=True)
+    first, *_ = (s for _, s in flickr30k_samples(config, report))
+    assert grounded(first) == [((0, 5, 20, 40), ["Two young guys"])]
+    assert report.skipped == {"box": 1}
 
 
 def test_flickr30k_lists_must_be_there_and_name_each_picture_once(flickr: Path) -> None:

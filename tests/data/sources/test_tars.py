@@ -300,6 +300,16 @@ def test_bad_samples_of_tars_are_named(
     assert len(kept) == 2 and report.skipped == {"sample": 1}
 
 
+def test_a_sample_too_large_for_memory_is_not_read(
+    tmp_path: Path, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar_fields, "MAX_SAMPLE", 5_000)
+    tar = write_tar(tmp_path / "0.tar", {"a.mp4": bytes(5_001), "b.jpg": picture()})
+    with pytest.raises(SourceError, match="sample 'a': has 5,001 bytes"):
+        list(webdataset_samples(WebdatasetConfig(tar)))
+    assert len(list(webdataset_samples(WebdatasetConfig(tar, skip_bad=True)))) == 1
+
+
 def test_tars_that_lead_outside_are_refused(tmp_path: Path, picture: Any) -> None:
     tar = write_tar(tmp_path / "0.tar", {"../../x.jpg": picture()})
     with pytest.raises(SourceError, match="absolute or parent path"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from groundwork.data.annotations import annotations_from_info
-from groundwork.data.sources import json_files
+from groundwork.data.sources import git_tsv, json_files
 from groundwork.data.sources.coco_captions import CocoCaptionsConfig, coco_captions_samples
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.git_tsv import GitTsvConfig, git_tsv_samples
@@ -312,6 +312,15 @@ def test_wrong_rows_are_named(
     skipping = GitTsvConfig(config.images, config.texts, skip_bad=True)
     assert [s.key for _, s in git_tsv_samples(skipping, report)] == ["1", "9"]
     assert report.skipped == {"row": 1}
+
+
+def test_a_row_without_end_is_not_read(
+    tmp_path: Path, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(git_tsv, "MAX_ROW", 1000)
+    (tmp_path / "x.tsv").write_bytes(b"1\t" + b"A" * 1000)
+    with pytest.raises(SourceError, match="line 1 is longer than 1,000 bytes"):
+        list(git_tsv_samples(GitTsvConfig(tmp_path / "x.tsv", skip_bad=True)))
 
 
 def test_a_key_twice_is_named(tmp_path: Path, picture: Any) -> None:
