@@ -8,10 +8,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import fsspec
 import pytest
@@ -129,13 +130,36 @@ def test_threads_read_more_files_than_may_be_open(tmp_path: Path) -> None:
             number = generator.randrange(300)
             assert storage.read(f"{number}", 6, 12) == b"%06d" % number
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # threads change places wherever they can
     try:
         in_threads(4, read)
     finally:
-        sys.setswitchinterval(interval)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_threads_that_close_each_others_files_read_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("groundwork.data.storage.MAX_OPEN_FILES", 2)
+    for number in range(4):
+        (tmp_path / f"{number}").write_bytes(b"%06d" % number * 10)
+    storage = LocalStorage(tmp_path)
+
+    def read(seed: int) -> None:
+        generator = random.Random(seed)
+        for _ in range(1000):
+            number = generator.randrange(4)
+            assert storage.read(f"{number}", 6, 12) == b"%06d" % number
+
+    def slow(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            time.sleep(1e-5)  # threads change places here
+            return call(*arguments)
+
+        return called
+
+    monkeypatch.setattr(os, "open", slow(os.open))
+    monkeypatch.setattr(os, "close", slow(os.close))
+    in_threads(6, read)
 
 
 def test_a_pickled_or_forked_local_storage_reads_the_same(folder: Path) -> None:
