@@ -94,6 +94,8 @@ class ImageTextConfig:
     cache: where blocks of remote files are kept on local disk.
     templates: `imagenet` draws from the 81 training templates, `plain` uses the bare name.
     bad_sample_budget: fraction of the samples read that may be quarantined before the run stops.
+    jpeg_decoder: `auto` compiles groundwork's decoder of JPEG crops where it can; `library` leaves all
+        files to libjpeg-turbo. The pixels are the same, to the bit.
     workers: decoding processes per rank (0: decode in the rank itself). prefetch: batches that
         each of them decodes ahead.
     """
@@ -110,6 +112,7 @@ class ImageTextConfig:
     knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
     shuffle: bool = True
     bad_sample_budget: float = 0.001
+    jpeg_decoder: Literal["auto", "library"] = "auto"
     workers: int = 2
     prefetch: int = 4
 
@@ -263,7 +266,8 @@ TEMPLATES: Mapping[str, Sequence[str]] = {"imagenet": TRAINING_TEMPLATES, "plain
 
 def open_stream(config: ImageTextConfig, data: TrainingData, seed: int) -> Stream[Example]:
     """The training stream of a recipe's `data` section."""
-    jpeg_crop = find_jpeg_crop()
+    # found once, before the workers are forked
+    jpeg_crop = find_jpeg_crop() if config.jpeg_decoder == "auto" else None
     blocks = {source.name: source.shuffle_block for source in config.sources}
     sources = [
         Source(

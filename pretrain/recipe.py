@@ -98,7 +98,10 @@ class Recipe:
 _ADAPTER = TypeAdapter(Recipe)
 
 #: Parts of a recipe that may differ when a run is resumed: they do not decide what is computed.
-FREE_ON_RESUME = ("checkpoint", "monitor", "data.workers", "data.prefetch", "data.cache")
+FREE_ON_RESUME = (
+    *("checkpoint", "monitor"),
+    *("data.workers", "data.prefetch", "data.cache", "data.jpeg_decoder"),
+)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
