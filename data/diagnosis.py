@@ -109,7 +109,8 @@ class Diagnosis(StrEnum):
     UNSAFE_FIELD = (
         "unsafe-field",
         Policy.ACCEPT,
-        "a member of a format that can hold code (pickle and the like); it is passed over",
+        "a member of a format that can hold code (pickle and the like), or whose extension is not "
+        "ASCII; it is passed over",
     )
     CMYK_IMAGE = "cmyk-image", Policy.ACCEPT, "converted to RGB"
     DEEP_IMAGE = "16-bit-image", Policy.ACCEPT, "brought to 8 bits"

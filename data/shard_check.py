@@ -43,7 +43,8 @@ UNFIT_FOR_KEYS: Final = re.compile(r"[./\\\s]")
 
 class Finding(NamedTuple):
     """file: of the shard, as its data set names it. key: empty where the whole shard is meant.
-    offset: in the tar. row: number among `samples_of` its shard; -1 where it is none of them.
+    offset: in the tar. row: number among `samples_of` its shard, of which repeated ones come
+    last; -1 where it is none of them.
     """
 
     file: str
@@ -132,7 +133,8 @@ def check_shard(shard: ShardFile, checks: Checks) -> CheckedShard:
 def _check_shard(shard: ShardFile, checks: Checks) -> CheckedShard:
     tar_bytes = shard.path.stat().st_size
     content, index, index_problems = samples_of(shard.path)
-    problems = [*content.problems, *index_problems]
+    repeated = [sample.fault for sample in content.repeated]
+    problems = [*(p for p in content.problems if p not in repeated), *index_problems]
     if content.pax_headers:
         detail = f"{content.pax_headers:,} members have one"
         problems.append(Problem(content.first_pax, Diagnosis.PAX_HEADER, detail))
@@ -163,6 +165,8 @@ def _check_shard(shard: ShardFile, checks: Checks) -> CheckedShard:
     findings = [Finding(shard.file, p.key, *p[:3]) for p in problems]
     for row, of_sample in enumerate(found):
         findings += [Finding(shard.file, p.key, *p[:3], row) for p in of_sample]
+    for row, problem in enumerate(filter(None, repeated), len(found)):
+        findings.append(Finding(shard.file, problem.key, *problem[:3], row))
     is_bad = any(finding.diagnosis.is_bad for finding in findings)
     if shard.crc32c is not None and not is_as_written and not is_bad:
         detail = "the file has another crc32c than the manifest says; its members are whole"
@@ -206,7 +210,7 @@ class _SampleChecker:
                 problem = Problem(offset, Diagnosis.DAMAGED_MEMBER, detail, sample.key)
                 self.damaged.setdefault(self.row, problem)
         for name in sorted(fields):
-            if UNSAFE_EXTENSIONS.intersection(name.split(".")):
+            if is_never_read(name):
                 offset = sample.members[name][0]
                 detail = f"member {name!r} is never read"
                 yield Problem(offset, Diagnosis.UNSAFE_FIELD, detail, sample.key)
@@ -251,6 +255,11 @@ class _SampleChecker:
             if is_wanted:
                 pieces.append(piece)
         return checksum, b"".join(pieces)
+
+
+def is_never_read(field_name: str) -> bool:
+    """Members that no reader decodes, and that a repaired copy does without."""
+    return not field_name.isascii() or bool(UNSAFE_EXTENSIONS.intersection(field_name.split(".")))
 
 
 def _image_field(fields: Mapping[str, bytes]) -> str:

@@ -42,6 +42,8 @@ from groundwork.data.statistics import Duplicates, SplitStatistics, Statistics
 MANIFEST = "manifest.json"
 CONCEPTS = "concepts.json"
 STATISTICS = "statistics.json"
+#: Written by `repair.py` only: what it left out.
+REPAIR = "repair.json"
 FORMAT = "groundwork-shards"
 FORMAT_VERSION = 1
 REBUILD = "build the data set again with `groundwork shards build SOURCE --out DIR`"
@@ -262,7 +264,7 @@ def is_data_set(directory: Path) -> bool:
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return False
     side_cars = {str(Path(tar).with_suffix(".idx")) for tar in tars}
-    ours = {MANIFEST, CONCEPTS, STATISTICS} | tars | side_cars
+    ours = {MANIFEST, CONCEPTS, STATISTICS, REPAIR} | tars | side_cars
     return not has_folder and card_is_ours and present <= ours | {CARD}
 
 

@@ -1,21 +1,32 @@
 """Samples to the shards of their splits, with what is counted on the way."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
 from groundwork.data.duplicates import NO_IMAGE, hash64, write_run
-from groundwork.data.samples import Sample
 from groundwork.data.shard_index import ShardError
 from groundwork.data.statistics import SplitStatistics
 from groundwork.data.tar_writer import TarShardWriter
 
 #: Names of splits: they begin file names.
 SPLIT: Final = re.compile(r"\w[\w.-]*")
+
+
+class Writable(Protocol):
+    """What is written of a `Sample`."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def image(self) -> bytes: ...
+    @property
+    def text(self) -> str: ...
+    def fields(self) -> Mapping[str, bytes]: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ def run_path(tar: Path) -> Path:
 
 
 def write_splits(
-    samples: Iterable[tuple[str, Sample]],
+    samples: Iterable[tuple[str, Writable]],
     directory: Path,
     *,
     name: str,
@@ -106,7 +117,7 @@ class _SplitWriter:
         self.statistics = SplitStatistics()
         self.tar: TarShardWriter | None = None
 
-    def write(self, sample: Sample) -> None:
+    def write(self, sample: Writable) -> None:
         if self.tar is None:
             file = f"{self.prefix}{self.split}-{len(self.shards):06d}.tar"
             self.tar = TarShardWriter(self.directory / file, sync=self.sync)

@@ -173,7 +173,7 @@ class TarReader:
             prefix = header[345:500].partition(b"\0")[0]
             if prefix and header[156:157] != GNU_SPARSE:
                 path = prefix + b"/" + path
-        return path.decode("utf-8", "surrogateescape")
+        return path.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
     def _check(
         self, name: str, kind: bytes, overrides: dict[str, bytes], header_at: int, end: int

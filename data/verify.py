@@ -28,6 +28,7 @@ from groundwork.data.shard_check import (
 )
 from groundwork.data.shard_index import ShardError
 from groundwork.data.shards import CONCEPTS, MANIFEST, Manifest, parse_manifest, read_concepts
+from groundwork.data.split_writer import SPLIT
 from groundwork.data.storage import is_remote
 
 #: The split of tars without a manifest.
@@ -241,6 +242,7 @@ def _splits_by_name(tars: Sequence[Path]) -> dict[str, list[ShardFile]]:
     """What the manifest would say of tars whose names `write_shards` gave."""
     splits: dict[str, list[ShardFile]] = {}
     for tar in tars:
-        split = tar.stem.rpartition("-")[0] or ONLY_SPLIT
+        split = tar.stem.rpartition("-")[0]
+        split = split if SPLIT.fullmatch(split) else ONLY_SPLIT
         splits.setdefault(split, []).append(ShardFile(tar, tar.name))
     return splits
