@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundwork.data.samples import SampleError
+from groundwork.data.sources.errors import SourceError
 
 #: Formats that are opened. Others can name files or addresses of their own (playlists).
 FORMATS: Final = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
@@ -275,7 +276,7 @@ def _library() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ImportError(
+        raise SourceError(
             "videos are read with PyAV: pip install 'groundwork-pretrain[video]'"
         ) from error
     return av

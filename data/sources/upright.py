@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundwork.data.annotations import Rle, Segmentation, Xyxy, segmentation_mask
+from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.image_files import EncodedImage
 from groundwork.data.sources.report import BadItemError
 
@@ -60,7 +61,10 @@ def upright_segmentation(
             tuple(upright_points(np.array(p).reshape(-1, 2), orientation, size).ravel().tolist())
             for p in segmentation
         )
-    mask = segmentation_mask(segmentation, height, width)
+    try:
+        mask = segmentation_mask(segmentation, height, width)
+    except ImportError as error:
+        raise SourceError(str(error)) from error
     turned = {
         5: mask.T,
         6: np.rot90(mask, -1),

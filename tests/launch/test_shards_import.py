@@ -131,6 +131,22 @@ def test_neither_out_nor_check_is_an_error(coco: Path, capsys: pytest.CaptureFix
     assert "lie in one another" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_an_empty_folder_is_an_error_that_names_it(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "empty"
+    root.mkdir()
+    more = {"mdetr": ["--images", str(root)], "rgbd-sod": ["--near", "dark"]}.get(kind, [])
+    raw = root / "x" if kind in ("mdetr", "git-tsv") else root
+    out = ["--out", str(tmp_path / "out")]
+    for arguments in ([], ["--skip-bad"]):
+        assert main(["shards", "build", kind, str(raw), *more, *out, *arguments]) == 1
+        error = capsys.readouterr().err
+        assert "error: " in error and str(root) in error
+    assert sorted(tmp_path.iterdir()) == [root]
+
+
 def test_the_licence_of_a_repository_is_kept(tmp_path: Path) -> None:
     root = tmp_path / "repo"
     root.mkdir()
