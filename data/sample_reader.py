@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundwork.data.diagnosis import Diagnosis
+from groundwork.data.raw_batch import RawSample
 from groundwork.data.samples import SampleError
-from groundwork.data.shard_index import MISSING, ShardIndex
+from groundwork.data.shard_index import MISSING, ShardError, ShardIndex
+from groundwork.data.shard_table import ShardTable
 from groundwork.data.storage import Storage
 from groundwork.data.storage_errors import StorageError
 
-#: Key and members of a sample, or why it cannot be used.
-RawSample = tuple[str, dict[str, bytes]] | SampleError
+_UNREAD = SampleError("not read")
 
 
 class ReadPlan(NamedTuple):
@@ -46,6 +47,36 @@ class ReadPlan(NamedTuple):
                     return field
                 found[field] = content
         return found
+
+
+def read_rows(
+    storage: Storage,
+    table: ShardTable,
+    shards: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    wanted: frozenset[str] | None = None,
+) -> list[RawSample]:
+    """Key and members of samples. shards, rows: (N,), where each is. wanted: None for all fields.
+
+    A sample that cannot be read, or whose checksums fail twice, is returned as its error.
+    """
+    results: list[RawSample] = [_UNREAD] * len(rows)
+    places: list[int] = []
+    plans: list[ReadPlan] = []
+    for shard in np.unique(shards).tolist():
+        chosen = np.flatnonzero(shards == shard)
+        try:
+            index = table.index(shard)
+        except (ShardError, OSError) as error:
+            diagnosis = getattr(error, "diagnosis", None) or Diagnosis.UNREADABLE
+            for place in chosen.tolist():
+                results[place] = SampleError(f"its index cannot be used: {error}", diagnosis)
+            continue
+        places += chosen.tolist()
+        plans += plan_reads(table.entries[shard].file, index, rows[chosen], wanted)
+    for place, sample in zip(places, read_samples(storage, plans), strict=True):
+        results[place] = sample
+    return results
 
 
 def plan_reads(

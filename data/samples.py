@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from groundwork.data.diagnosis import Diagnosis
@@ -13,6 +14,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 #: Extensions of further members: lower case, several parts allowed (`depth.png`, `seg.npz`).
 MEMBER = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+#: What no key has.
+NOT_IN_KEYS = re.compile(r"[./\\ \t\n]")
 #: Extensions whose usual decoders run code of the file. Such members are neither written nor read.
 UNSAFE_EXTENSIONS = frozenset(
     ("pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill", "bin", "h5", "hdf5", "marshal")
@@ -56,7 +59,7 @@ class Sample:
     members: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.key or any(c in self.key for c in "./\\ \t\n"):
+        if not self.key or NOT_IN_KEYS.search(self.key):
             raise SampleError(
                 f"sample key {self.key!r}: a key is not empty and has no '.', '/', '\\' or blanks: "
                 "because it becomes the stem of tar member names",
@@ -85,6 +88,7 @@ class Sample:
         }
 
 
+@lru_cache(4096)  # asked for each member of each sample; there are few names
 def is_member_name(extension: str) -> bool:
     """Whether `Sample.members` may hold a file of this extension."""
     return (

@@ -38,6 +38,12 @@ log = logging.getLogger(__name__)
 #: remote ones, one of 10,000 samples takes about a megabyte.
 KEPT_INDICES: Final = 4096
 
+#: (rows, fields, addresses of `offsets`, `sizes`, `checksums`, `key_ends` and `keys`, bytes of the
+#: keys) of a ShardIndex.
+Pointers = tuple[int, int, int, int, int, int, int, int]
+#: Those of an index without a sample.
+NO_POINTERS: Final[Pointers] = (0,) * 8
+
 
 @dataclass(frozen=True)
 class ShardEntry:
@@ -56,12 +62,13 @@ class ShardTable:
         self.entries = list(entries)
         self.ends = np.cumsum([entry.samples for entry in entries], dtype=np.int64)
         self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._pointers: dict[int, tuple[ShardIndex, Pointers]] = {}  # of some of them
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_indices": OrderedDict()}
+        return {**self.__dict__, "_indices": OrderedDict(), "_pointers": {}}
 
     def locate(self, index: int) -> tuple[int, int]:
         """(shard number, sample number inside the shard)."""
@@ -97,8 +104,38 @@ class ShardTable:
             )
         self._indices[shard] = index
         if len(self._indices) > KEPT_INDICES:
-            self._indices.popitem(last=False)
+            self._pointers.pop(self._indices.popitem(last=False)[0], None)
         return index
+
+    def pointers(self, shard: int) -> tuple[ShardIndex, Pointers]:
+        """The index of a shard, and where its arrays lie in memory as long as it is held."""
+        index = self.index(shard)
+        known = self._pointers.get(shard)
+        if known is None or known[0] is not index:
+            known = self._pointers[shard] = (index, _pointers(index))
+        return known
+
+
+def _pointers(index: ShardIndex) -> Pointers:
+    rows, fields = index.sizes.shape
+    arrays = {
+        "offsets": (np.int64, (rows, fields)),
+        "sizes": (np.int64, (rows, fields)),
+        "checksums": (np.uint32, (rows, fields)),
+        "key_ends": (np.int64, (rows,)),
+    }
+    addresses = []
+    for name, (dtype, shape) in arrays.items():
+        array = getattr(index, name)
+        flags = array.flags
+        if (array.dtype, array.shape) != (dtype, shape) or not (flags.c_contiguous & flags.aligned):
+            return NO_POINTERS
+        addresses.append(array.ctypes.data)
+    if len(set(index.fields)) != fields:
+        return NO_POINTERS
+    offsets, sizes, checksums, key_ends = addresses
+    keys = np.frombuffer(index.keys, np.uint8)
+    return rows, fields, offsets, sizes, checksums, key_ends, keys.ctypes.data, len(keys)
 
 
 def side_car(file: str) -> str:
