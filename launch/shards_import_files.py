@@ -49,6 +49,9 @@ def build_webdataset(
     check_sha256: Annotated[
         bool, typer.Option(help="Compare images with the sha256 of their JSON.")
     ] = False,
+    uids: Annotated[
+        Path | None, typer.Option(help="Subset of DataComp: a .npy file of uids.")
+    ] = None,
     workers: Workers = 2,
     check: Check = False,
     skip_bad: SkipBad = False,
@@ -59,7 +62,7 @@ def build_webdataset(
 
     def run() -> int:
         config = webdataset_tars.WebdatasetConfig(
-            root, split, TarFields(image, text, label), check_sha256, skip_bad
+            root, split, TarFields(image, text, label), check_sha256, uids, skip_bad
         )
         destination = Destination(out, check, licence, overwrite)
         parts = Parts(

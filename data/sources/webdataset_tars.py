@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from groundwork.data.samples import Sample
+from groundwork.data.sources.datacomp_uids import has_uid, open_uids, require_sorted
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.keys import sample_key
 from groundwork.data.sources.report import BadItemError, ImportReport
@@ -31,13 +32,15 @@ class WebdatasetConfig:
 
     root: a folder, read at any depth, or one tar. check_sha256: compare `sha256` of the JSON with
     the stored image; right only where images were stored as they were fetched, since img2dataset
-    notes the sum before it resizes. skip_bad: pass over bad samples and count them.
+    notes the sum before it resizes. uids: a subset of DataComp (`datacomp_uids.py`); samples whose
+    JSON has another uid are left out. skip_bad: pass over bad samples and count them.
     """
 
     root: Path
     split: str = "train"
     fields: TarFields = field(default_factory=TarFields)
     check_sha256: bool = False
+    uids: Path | None = None
     skip_bad: bool = False
 
 
@@ -52,6 +55,8 @@ def webdataset_samples(
 
 def webdataset_units(config: WebdatasetConfig) -> list[Unit]:
     """One unit for each tar."""
+    if config.uids is not None:
+        require_sorted(config.uids)
     return [tar_unit(_folder(config), tar, config.split) for tar in tars_below(config.root)]
 
 
@@ -70,6 +75,7 @@ def _unit_samples(
     config: WebdatasetConfig, unit: Unit, report: ImportReport
 ) -> Iterator[tuple[str, Sample]]:
     name = unit["tar"].removesuffix(".tar")
+    uids = None if config.uids is None else open_uids(config.uids)
     for record in tar_records(unit_tar(_folder(config), unit), report, skip_bad=config.skip_bad):
         try:
             sample = record_sample(
@@ -79,6 +85,9 @@ def _unit_samples(
                 report,
                 {"tar": unit["tar"], "key": record.key},
             )
+            if uids is not None and not has_uid(uids, _text(sample, "uid")):
+                report.mended["samples outside of the subset left out"] += 1
+                continue
             if config.check_sha256:
                 _check_sha256(sample)
         except BadItemError as error:
@@ -95,10 +104,15 @@ def tars_below(root: Path) -> list[Path]:
     return tars
 
 
+def _text(sample: Sample, name: str) -> str:
+    value = sample.info["source"].get(name)
+    if not isinstance(value, str):
+        raise BadItemError(f"its JSON has no {name}; import without the check of it")
+    return value
+
+
 def _check_sha256(sample: Sample) -> None:
-    expected = sample.info["source"].get("sha256")
-    if not isinstance(expected, str):
-        raise BadItemError("its JSON has no sha256; import without --check-sha256")
+    expected = _text(sample, "sha256")
     found = hashlib.sha256(sample.image).hexdigest()
     if found != expected.lower():
         raise BadItemError(

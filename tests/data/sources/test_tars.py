@@ -9,16 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from groundwork.data.annotations import annotations_from_info
 from groundwork.data.dataset import open_dataset
 from groundwork.data.samples import Sample
 from groundwork.data.shards import write_shards
 from groundwork.data.sources import tar_fields
+from groundwork.data.sources.datacomp_uids import has_uid, open_uids
 from groundwork.data.sources.energon import EnergonConfig, energon_fields, energon_samples
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.huggingface import (
@@ -250,6 +254,51 @@ def test_a_changed_image_is_found_by_its_sha256(tmp_path: Path, picture: Any) ->
     write_tar(tar, members)
     with pytest.raises(SourceError, match="has no sha256"):
         list(webdataset_samples(WebdatasetConfig(tar, check_sha256=True)))
+
+
+@given(st.lists(st.integers(0, 2**128 - 1), max_size=8), st.integers(0, 2**128 - 1))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_uid_is_found_if_it_is_in_the_subset(tmp_path: Path, kept: list[int], other: int) -> None:
+    # numbers that share a half are the hard ones
+    kept = [*kept, other ^ 1, other ^ (1 << 64)]
+    pairs = np.array([divmod(number, 2**64) for number in kept], np.dtype("u8,u8"))
+    np.save(tmp_path / "subset.npy", np.sort(pairs))
+    uids = open_uids(tmp_path / "subset.npy")
+    assert all(has_uid(uids, f"{number:032x}") for number in kept)
+    assert has_uid(uids, f"{other:032x}") == (other in kept)
+
+
+def test_a_subset_of_datacomp_is_imported(tmp_path: Path, picture: Any) -> None:
+    members = {**datacomp(picture, 0), **datacomp(picture, 1), **datacomp(picture, 2)}
+    tar = write_tar(tmp_path / "0.tar", members)
+    np.save(tmp_path / "subset.npy", np.array([(0, 0), (0, 2)], np.dtype("u8,u8")))
+    report = ImportReport()
+    config = WebdatasetConfig(tar, uids=tmp_path / "subset.npy")
+    assert [s.text for s in samples_of(webdataset_samples(config, report))] == [
+        "number 0",
+        "number 2",
+    ]
+    assert report.mended == {"samples outside of the subset left out": 1}
+    members["000000001.json"] = {"uid": "7"}
+    write_tar(tar, members)
+    with pytest.raises(SourceError, match="uid '7' has not 32 hexadecimal digits"):
+        list(webdataset_samples(config))
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (np.zeros(3), "expected an array of dtype"),
+        (np.array([(2, 0), (1, 0)], np.dtype("u8,u8")), "not sorted"),
+        (np.array([{}], object), "not a readable .npy file"),
+        (None, "not a readable .npy file"),
+    ],
+)
+def test_other_files_are_no_subsets(tmp_path: Path, content: Any, complaint: str) -> None:
+    if content is not None:
+        np.save(tmp_path / "subset.npy", content, allow_pickle=True)
+    with pytest.raises(SourceError, match=complaint):
+        list(webdataset_samples(WebdatasetConfig(tmp_path, uids=tmp_path / "subset.npy")))
 
 
 def test_other_members_pass_and_code_does_not(tmp_path: Path, picture: Any) -> None:
