@@ -44,6 +44,7 @@ from groundwork.data.split_writer import ShardLimits
 from groundwork.launch.browse import browse
 from groundwork.launch.errors import reporting
 from groundwork.launch.shards_chaos import chaos
+from groundwork.launch.shards_check import index, repair, verify
 from groundwork.launch.shards_import import register
 from groundwork.launch.shards_order import order
 from groundwork.launch.shards_scenes import build_scenes
@@ -57,6 +58,9 @@ register(build_app)
 app.command("chaos")(chaos)
 app.command("order")(order)
 app.command("browse")(browse)
+app.command("verify")(verify)
+app.command("repair")(repair)
+app.command("index")(index)
 
 Out = Annotated[Path, typer.Option(help="Folder of the data set.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace a data set built with other settings.")]
