@@ -94,8 +94,8 @@ class ImageTextConfig:
     cache: where blocks of remote files are kept on local disk.
     templates: `imagenet` draws from the 81 training templates, `plain` uses the bare name.
     bad_sample_budget: fraction of the samples read that may be quarantined before the run stops.
-    jpeg_decoder: `auto` compiles groundwork's decoder of JPEG crops where it can; `library` leaves all
-        files to libjpeg-turbo. The pixels are the same, to the bit.
+    jpeg_decoder: `auto` compiles groundwork's decoder of JPEG crops where it can; `library` leaves
+        all files to libjpeg-turbo. The pixels are the same, to the bit.
     workers: decoding processes per rank (0: decode in the rank itself). prefetch: batches that
         each of them decodes ahead.
     """
