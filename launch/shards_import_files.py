@@ -201,7 +201,7 @@ def build_git_tsv(
     licence: Licence = "unknown",
     overwrite: Overwrite = False,
 ) -> None:
-    """Tables (TSV) of GIT, Oscar and VinVL."""
+    """Tables (TSV) of images and texts, as GIT keeps them."""
 
     def run() -> int:
         config = git_tsv.GitTsvConfig(images, texts, split, skip_bad)

@@ -1,4 +1,4 @@
-"""Tables of images and texts as GIT (Wang et al. 2022), Oscar and VinVL keep them.
+"""Tables of images and texts as GIT (Wang et al. 2022) keeps them.
 
     X.img.tsv        key <tab> the file of the image in base64
     X.caption.tsv    key <tab> JSON list of {"caption"} or {"question", "question_id", "answers"}

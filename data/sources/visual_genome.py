@@ -3,7 +3,7 @@
     ROOT/image_data.json            size, url, coco_id of each picture
     ROOT/region_descriptions.json   for each picture a list of regions, each with a phrase
     ROOT/objects.json               for each picture a list of objects, each with names
-    ROOT/VG_100K/2.jpg              ROOT/VG_100K_2/1.jpg, as the url ends
+    ROOT/VG_100K/2.jpg              ROOT/VG_100K_2/1.jpg, as the url ends; or below ROOT/images
 
 With `annotate="regions"` the text of a sample is the phrases of its regions, one on each line, and
 each box has the span of its phrase. With "objects" the boxes have a free name as `category`.
@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 from groundwork.data.annotations import Annotations, Box, Xyxy, clip_box
 from groundwork.data.samples import Sample
 from groundwork.data.sources.errors import SourceError
-from groundwork.data.sources.image_files import EncodedImage, inside, read_image, url_tail
+from groundwork.data.sources.image_files import EncodedImage, find_inside, read_image, url_tail
 from groundwork.data.sources.json_files import JsonFile, is_encodable, known_members, member
 from groundwork.data.sources.keys import hash_fraction, sample_key
 from groundwork.data.sources.report import BadItemError, ImportReport
@@ -72,7 +72,8 @@ def visual_genome_samples(
             if config.without_coco and picture.get("coco_id") is not None:
                 report.mended["pictures of COCO left out"] += 1
                 continue
-            encoded = read_image(inside(config.root, url_tail(member(picture, "url", str))))
+            name = url_tail(member(picture, "url", str))
+            encoded = read_image(find_inside((config.root, config.root / "images"), name))
             as_stored = annotated_as_stored(
                 encoded, member(picture, "width", int), member(picture, "height", int)
             )
