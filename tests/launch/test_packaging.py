@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -120,16 +120,50 @@ def test_no_file_imports_a_room_by_its_bare_name() -> None:
 
 def test_what_is_imported_is_a_dependency_and_no_dependency_is_idle() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    dependencies = {re.split(r"[<>=!~\[ ]", line)[0].lower() for line in project["dependencies"]}
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[<>=!~\[ ]", line)[0].lower() for line in requirements}
+
+    extras = project["optional-dependencies"]
+    optional = names([line for kind in FEATURES for line in extras[kind]])
+    imported = _distributions(imported_modules)
+    expected = names(project["dependencies"]) - BY_OTHERS | optional - BY_OTHERS
+    assert imported == expected
+    # what is optional is imported where it is used
+    assert _distributions(modules_imported_at_once) & optional == set()
+
+
+#: Extras that add features; the others are for developing.
+FEATURES = ("annotations", "parquet", "video", "s3", "gs")
+#: What other packages import: torch.utils.tensorboard, and fsspec by the protocol of a URL.
+BY_OTHERS = {"tensorboard", "s3fs", "gcsfs"}
+
+
+def _distributions(modules_of: Callable[[Path], Iterable[str]]) -> set[str]:
+    """Names of the packages that the four rooms import."""
     distributions = packages_distributions()
     modules = {
         module.split(".")[0]
         for room in ROOMS
         for path in python_files(ROOT / room)
-        for module in imported_modules(path)
+        for module in modules_of(path)
     } - {*sys.stdlib_module_names, *OPTIONAL, "groundwork"}
-    imported = {distributions.get(m, [m])[0].lower().replace("_", "-") for m in modules}
-    assert imported == dependencies - {"tensorboard"}  # torch.utils.tensorboard imports it
+    return {distributions.get(m, [m])[0].lower().replace("_", "-") for m in modules}
+
+
+def modules_imported_at_once(path: Path) -> Iterator[str]:
+    """Those that importing the file imports."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ):
+            waiting += ast.iter_child_nodes(node)
 
 
 def test_no_launch_file_hides_a_top_level_module() -> None:
