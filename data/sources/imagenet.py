@@ -197,8 +197,9 @@ def _read_meta(content: bytes) -> list[tuple[int, str, str]]:
         from scipy.io import loadmat
     except ImportError as error:
         raise SourceError(
-            f"{META}: MATLAB's format is read with scipy: pip install scipy, or put Kaggle's "
-            f"{SYNSET_MAPPING} and {VAL_SOLUTION} there instead"
+            f"{META}: MATLAB's format is read with scipy: pip install "
+            f"'groundwork-pretrain[annotations]', or put Kaggle's {SYNSET_MAPPING} and "
+            f"{VAL_SOLUTION} there instead"
         ) from error
     try:
         synsets: Any = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]

@@ -10,6 +10,7 @@ from groundwork.data.annotations import Rle, segmentation_mask
 from groundwork.data.sources import json_files
 from groundwork.data.sources.clips import read_clip
 from groundwork.data.sources.errors import SourceError
+from groundwork.data.sources.imagenet import ImagenetConfig, imagenet_concepts
 from groundwork.data.sources.img2dataset import Img2datasetConfig, img2dataset_samples
 from groundwork.data.sources.json_files import JsonFile
 from groundwork.data.sources.upright import upright_segmentation
@@ -42,6 +43,15 @@ def test_large_annotation_files_need_ijson(
     monkeypatch.setattr(json_files, "LARGE_FILE", 0)
     with pytest.raises(SourceError, match=r"groundwork-pretrain\[annotations\]"):
         list(JsonFile(put(tmp_path / "large.json", {"images": []})).records("images"))
+
+
+def test_the_development_kit_needs_scipy(
+    tmp_path: Path, put: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    put(tmp_path / "ILSVRC2012_devkit_t12" / "data" / "meta.mat", b"MATLAB 5.0 MAT-file")
+    with pytest.raises(SourceError, match=r"\[annotations\]', or put Kaggle's LOC_synset"):
+        imagenet_concepts(ImagenetConfig(tmp_path))
 
 
 def test_tables_of_img2dataset_need_pyarrow(
