@@ -14,17 +14,11 @@ from typing import Final
 
 from groundwork.data.annotations import Annotations
 from groundwork.data.samples import Sample
-from groundwork.data.sources.clips import (
-    Clip,
-    ClipError,
-    VideoFacts,
-    count_frames,
-    cut_video,
-    video_facts,
-)
+from groundwork.data.sources.clips import ClipError, count_frames
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.keys import hash_fraction, sample_key
 from groundwork.data.sources.report import BadItemError, ImportReport
+from groundwork.data.sources.video_cutting import Clip, VideoFacts, cut_video, video_facts
 
 KIND: Final = "video"
 

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from groundwork.data.annotations import annotations_from_info
 from groundwork.data.dataset import open_dataset
 from groundwork.data.shards import write_shards
-from groundwork.data.sources.clips import ClipError, cut_video, read_clip, video_facts
+from groundwork.data.sources.clips import ClipError, read_clip
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.report import ImportReport
 from groundwork.data.sources.video import VideoConfig, video_samples
+from groundwork.data.sources.video_cutting import cut_video, video_facts
 
 RATE = 10
 
@@ -28,9 +29,12 @@ def encoded(
     container: str = "mp4",
     codec: str = "libx264",
     options: dict[str, str] | None = None,
-    rotation: int = 0,
+    block: int = 8,
 ) -> bytes:
-    """A video of noise that changes from frame to frame, with a key frame every `group` frames."""
+    """A video of noise that changes from frame to frame, with a key frame every `group` frames.
+
+    block: side of the squares of one colour; the smaller, the larger the file.
+    """
     buffer = io.BytesIO()
     random = np.random.default_rng(0)
     with av.open(buffer, "w", format=container) as file:
@@ -40,9 +44,9 @@ def encoded(
         if codec == "libx264":
             stream.options = {"sc_threshold": "0", "keyint_min": str(group), **(options or {})}
         for number in range(frames):
-            small = random.integers(0, 255, (6, 8, 3), np.uint8)
+            small = random.integers(0, 255, (48 // block, 64 // block, 3), np.uint8)
             small[0, 0] = number * 5 % 255
-            picture = small.repeat(8, 0).repeat(8, 1)
+            picture = small.repeat(block, 0).repeat(block, 1)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = number
             for packet in stream.encode(frame):
@@ -113,6 +117,37 @@ def test_only_the_groups_that_are_needed_are_decoded() -> None:
     np.testing.assert_array_equal(read_clip(bytes(damaged), wanted), WHOLE[wanted])
     with pytest.raises(ClipError):
         read_clip(bytes(damaged), [12, 3])
+
+
+class CountingFile(io.BytesIO):
+    """Counts the bytes that are read."""
+
+    count = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.count += len(data)
+        return data
+
+
+@pytest.mark.parametrize("options", [{"bf": "3"}, {"x264-params": "open-gop=1", "bf": "3"}])
+def test_of_a_long_file_only_some_groups_are_read(options: dict[str, str]) -> None:
+    data = encoded(400, 8, options={**options, "crf": "1"}, block=1)
+    whole = decoded(data)
+    file = CountingFile(data)
+    np.testing.assert_array_equal(read_clip(file, [207, 203]), whole[[207, 203]])
+    # the header, and a few of 50 groups: those around these frames, in blocks of 32 KiB
+    assert file.count < len(data) / 6
+    everything = CountingFile(data)
+    np.testing.assert_array_equal(read_clip(everything, range(400)), whole)
+    assert everything.count > len(data)
+
+
+def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").write_bytes(CLIP)
+    np.testing.assert_array_equal(read_clip(tmp_path / "v.mp4", [29, 0]), WHOLE[[29, 0]])
+    with pytest.raises(ClipError, match="no frame is asked for"):
+        read_clip(CLIP, [])
 
 
 @pytest.mark.parametrize(
