@@ -288,7 +288,8 @@ def _parse_arrays(data: memoryview, header: IndexHeader, name: str, *, verify: b
         verify
         and any(
             google_crc32c.value(bytes(data[section.begin : section.end])) != section.crc32c
-            for section in sections.values()
+            for array, section in sections.items()
+            if array in ARRAYS
         )
     ):
         raise ShardError(damaged, Diagnosis.DAMAGED_INDEX)
@@ -339,6 +340,11 @@ def _check_values(index: ShardIndex) -> None:
     ends = index.key_ends
     if len(ends) and (ends[0] < 0 or (np.diff(ends) < 0).any() or ends[-1] != len(index.keys)):
         raise ValueError("the keys")
+    bytes(index.keys).decode("utf-8")
+    # what is UTF-8 as a whole may still be divided within a character
+    begins = np.concatenate(([0], ends))[:-1][np.diff(ends, prepend=0) > 0]
+    if (np.frombuffer(index.keys, np.uint8)[begins] & 0xC0 == 0x80).any():
+        raise ValueError("the keys are not UTF-8")
 
 
 def _check_tar_bytes(indexed: int, actual: int, index_name: str, tar_name: str) -> None:

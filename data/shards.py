@@ -360,7 +360,7 @@ def parse_concepts(data: bytes, where: str) -> list[Concept]:
         for concept in concepts:
             if type(concept.label) is not int or not isinstance(concept.name, str):
                 raise ValueError(f"concept {concept}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(
             f"{where}: not a list of concepts ({error}); build the data set again",
             Diagnosis.BAD_CONCEPTS,
