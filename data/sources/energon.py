@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from webdataset.shardlists import expand_urls
 
 from groundwork.data.samples import Sample
+from groundwork.data.shard_patterns import expand_braces
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.image_files import inside
 from groundwork.data.sources.keys import sample_key
@@ -137,11 +137,11 @@ def _splits(path: Path) -> tuple[dict[str, list[str]], set[str]]:
     if not all(isinstance(shards, list) for shards in parts.values()):
         raise wrong
     splits = {
-        str(split): [name for pattern in shards for name in expand_urls(str(pattern))]
+        str(split): [name for pattern in shards for name in expand_braces(str(pattern))]
         for split, shards in parts.items()
         if shards
     }
-    return splits, {name for pattern in exclude for name in expand_urls(str(pattern))}
+    return splits, {name for pattern in exclude for name in expand_braces(str(pattern))}
 
 
 def _shard_counts(meta: Path) -> Mapping[str, Any]:
