@@ -9,7 +9,6 @@ from glob import glob, has_magic
 from pathlib import Path
 
 import numpy as np
-from webdataset.shardlists import expand_urls
 
 from groundwork.data.cache import CacheConfig
 from groundwork.data.diagnosis import Diagnosis
@@ -18,6 +17,7 @@ from groundwork.data.raw_batch import RawBatch, RawSample
 from groundwork.data.sample_reader import read_rows
 from groundwork.data.samples import Concept, Sample, SampleError, sample_from_fields
 from groundwork.data.shard_index import ShardError
+from groundwork.data.shard_patterns import expand_braces
 from groundwork.data.shard_table import ShardEntry, ShardTable, load_header
 from groundwork.data.shards import (
     CONCEPTS,
@@ -206,7 +206,7 @@ def _open_remote_tars(url: str, cache: CacheConfig | None) -> Dataset:
     if "{" in url or has_magic(url) or url.endswith(".tar"):
         folder, pattern = split_url(url)
         storage = open_storage(folder, cache)
-        files = expand_urls(pattern) if "{" in pattern else [pattern]
+        files = expand_braces(pattern)
         files = [
             name for file in files for name in (storage.names(file) if has_magic(file) else [file])
         ]
@@ -235,7 +235,7 @@ def _local_tars(shards: str) -> list[Path]:
         tars = [Path(shards)]
     else:
         # braces promise every file they name, stars what is there
-        patterns = expand_urls(shards) if "{" in shards else [shards]
+        patterns = expand_braces(shards)
         found = [
             sorted(glob(pattern)) if has_magic(pattern) else [pattern]  # noqa: PTH207
             for pattern in patterns

@@ -27,6 +27,7 @@ from groundwork.data.shard_check import (
     check_shard,
 )
 from groundwork.data.shard_index import ShardError
+from groundwork.data.shard_patterns import expand_braces
 from groundwork.data.shards import CONCEPTS, MANIFEST, Manifest, parse_manifest, read_concepts
 from groundwork.data.split_writer import SPLIT
 from groundwork.data.storage import is_remote
@@ -222,10 +223,8 @@ def _plain_tars(where: str) -> list[ShardFile]:
     elif directory.is_file():
         paths = [directory]
     else:
-        from webdataset.shardlists import expand_urls  # here: it imports torch, for 2 seconds
-
         # braces promise every file they name, stars what is there
-        patterns = expand_urls(where) if "{" in where else [where]
+        patterns = expand_braces(where)
         names = [
             name
             for pattern in patterns
