@@ -196,7 +196,7 @@ def _extension_kinds(reader: TarReader, begin: int, end: int) -> set[bytes]:
             break
         kinds.add(kind)
         try:
-            begin += BLOCK + padded(number(header[124:136]))
+            begin += BLOCK + padded(max(0, number(header[124:136])))
         except ValueError:
             break
     return kinds

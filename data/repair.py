@@ -40,12 +40,16 @@ class StoredSample:
 
 @dataclass(frozen=True)
 class Repaired:
-    """manifest: of the copy. report: of the original. left_out: samples that were found, and are
-    not in the copy."""
+    """manifest: of the copy. report: of the original.
+
+    left_out: samples that were found, and are not in the copy; others may be lost with their tars.
+    expected: samples of the original as its manifest says; None where it has none.
+    """
 
     manifest: Manifest
     report: Report
     left_out: int
+    expected: int | None
 
 
 def repair(
@@ -94,7 +98,8 @@ def repair(
         for run in directory.glob("*.hashes"):
             run.unlink()
         (directory / REPAIR).write_bytes(_record(manifest, bad))
-    return Repaired(manifest, report, sum(map(len, left_out.values())))
+    expected = sum(counts) if shards.manifest is not None else None
+    return Repaired(manifest, report, sum(map(len, left_out.values())), expected)
 
 
 def _refuse_to_touch(shards: ShardSet, out: Path) -> None:

@@ -148,6 +148,9 @@ def sample_from_fields(key: str, fields: Mapping[str, bytes]) -> Sample:
         info = json.loads(fields["json"]) if "json" in fields else {}
     except ValueError as error:
         raise SampleError(f"member 'json' is not JSON: {error}", Diagnosis.BAD_JSON) from error
+    except RecursionError as error:
+        message = "member 'json' is nested too deeply"
+        raise SampleError(message, Diagnosis.BAD_JSON) from error
     if not isinstance(info, dict):
         raise SampleError(
             f"member 'json' holds a {type(info).__name__}, expected an object", Diagnosis.BAD_JSON

@@ -225,11 +225,7 @@ class _SampleChecker:
         for name in self.checks.required:
             if name not in fields and not (name == IMAGE and _image_field(fields)):
                 raise SampleError(f"no member {name!r}", Diagnosis.MISSING_FIELD)
-        try:
-            sample = sample_from_fields(UNFIT_FOR_KEYS.sub("_", found.key), fields)
-        except RecursionError as error:
-            message = "member 'json' is nested too deeply"
-            raise SampleError(message, Diagnosis.BAD_JSON) from error
+        sample = sample_from_fields(UNFIT_FOR_KEYS.sub("_", found.key), fields)
         label = class_label(sample)
         if label == NO_CLASS and self.has_captions and not sample.text.strip():
             raise SampleError("neither a class nor a caption", Diagnosis.MISSING_CAPTION)

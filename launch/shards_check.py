@@ -103,7 +103,9 @@ def repair(
             )
         _show(result.report)
         kept = sum(result.manifest.samples(split) for split in result.manifest.splits)
-        typer.echo(f"{out}: {kept:,} samples; {result.left_out:,} left out, listed in {REPAIR}")
+        of_all = "" if result.expected is None else f" of {result.expected:,}"
+        left_out = f"{REPAIR} lists the {result.left_out:,} that were found and left out"
+        typer.echo(f"{out}: {kept:,} samples{of_all}; {left_out}")
         return 0
 
     raise typer.Exit(reporting(run))
