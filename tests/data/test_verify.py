@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -229,3 +230,15 @@ def test_names_of_diagnoses_are_those_of_files_and_reports() -> None:
     assert len({d.value for d in Diagnosis}) == len(Diagnosis)
     assert all(d.value == d.value.lower() and " " not in d.value for d in Diagnosis)
     assert all(d.is_bad == (d.policy is not Policy.ACCEPT) for d in Diagnosis)
+
+
+def test_the_documentation_lists_every_diagnosis_with_its_policy() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "faults.md").read_text("utf-8")
+    table = page.partition("<!-- table: begin -->")[2].partition("<!-- table: end -->")[0]
+    rows = [line.strip("|").split("|") for line in table.strip().splitlines()[2:]]
+    listed = [tuple(cell.strip() for cell in row) for row in rows]
+    assert listed == [(f"`{d.value}`", d.meaning, d.policy.value) for d in Diagnosis]
+    # and every name that the rest of the page uses is one
+    named = set(re.findall(r"`([a-z0-9]+(?:-[a-z0-9]+)+)`", page))
+    assert named <= {d.value for d in Diagnosis}
+    assert all(f"| {policy.value} |" in page for policy in Policy)
