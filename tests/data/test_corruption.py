@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from groundwork.data import dataset
 from groundwork.data.batch_plan import BatchPlan
 from groundwork.data.dataset import open_dataset
 from groundwork.data.diagnosis import Diagnosis, Policy
@@ -594,6 +595,18 @@ def test_a_damaged_side_car_is_refused_and_not_believed(tmp_path: Path) -> None:
         assert caught.value.diagnosis is Diagnosis.DAMAGED_INDEX
     repair(str(folder), tmp_path / "r")
     assert stored_in(tmp_path / "r") == {"train": good_samples()}
+
+
+def test_of_many_shards_one_is_refused_when_it_is_first_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "CHECKED_AT_OPENING", 1)
+    folder = tmp_path / "o"
+    build(folder, good_samples())
+    index_path(folder / SHARD).write_bytes(HTML)
+    faults = assert_same_on_resume_and_elsewhere(folder)
+    expected = {(SHARD, "", "damaged-index")}  # without its side-car it has no keys
+    assert {(Path(f.shard).name, f.key, f.diagnosis) for f in faults} == expected
 
 
 def test_a_side_car_of_another_tar_is_found(tmp_path: Path) -> None:
