@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ class RawBatch:
     batch[i] -> (key, {field: memoryview}), or the SampleError that says why it cannot be used.
 
     fields: that occur in the batch, sorted; F of them.
-    buffer: (bytes,) uint8, read-only, all members and keys. A view of a member keeps all of it.
+    buffer: (bytes,) uint8, all members and keys. A view of a member keeps all of it.
     places, sizes: (N, F + 1) int64, in the buffer, of each of `fields`, and of the key (UTF-8) in
         the last column; size MISSING where the sample lacks the field.
     errors: of the samples that cannot be used, by their number; all their sizes are MISSING.
@@ -34,8 +35,14 @@ class RawBatch:
     sizes: NDArray[np.int64]
     errors: Mapping[int, SampleError] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.buffer.flags.writeable = False
+    def __getstate__(self) -> dict[str, Any]:
+        import torch  # here, because the processes that build shards do without these two seconds
+
+        # from a worker to its rank a tensor travels in shared memory, an array through a pipe
+        return {**self.__dict__, "buffer": torch.from_numpy(self.buffer)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "buffer": state["buffer"].numpy()})
 
     def __len__(self) -> int:
         return len(self.places)
@@ -44,7 +51,7 @@ class RawBatch:
         number = range(len(self))[i]
         if (error := self.errors.get(number)) is not None:
             return error
-        view = self.buffer.data
+        view = self._view()
         places, sizes = self.places[number].tolist(), self.sizes[number].tolist()
         *members, key = [view[p : p + s] for p, s in zip(places, sizes, strict=True)]
         found = zip(self.fields, members, sizes, strict=False)  # the last size is the key's
@@ -53,17 +60,20 @@ class RawBatch:
     def __iter__(self) -> Iterator[RawView]:
         return (self[i] for i in range(len(self)))
 
+    def _view(self) -> memoryview:
+        return self.buffer.data.toreadonly()
+
     def key(self, i: int) -> str:
         """The key of a sample. Raises its SampleError if it cannot be used."""
         number = range(len(self))[i]
         if (error := self.errors.get(number)) is not None:
             raise error
         begin, size = int(self.places[number, -1]), int(self.sizes[number, -1])
-        return str(self.buffer.data[begin : begin + size], "utf-8")
+        return str(self._view()[begin : begin + size], "utf-8")
 
     def samples(self) -> list[RawSample]:
         """A copy of each sample by itself."""
-        view, fields, errors = self.buffer.data, self.fields, self.errors
+        view, fields, errors = self._view(), self.fields, self.errors
         results: list[RawSample] = []
         for i, (places, sizes) in enumerate(
             zip(self.places.tolist(), self.sizes.tolist(), strict=True)
@@ -102,7 +112,7 @@ def pack_samples(samples: Sequence[RawSample]) -> RawBatch:
             places[i, column], sizes[i, column] = end, len(content)
             parts.append(content)
             end += len(content)
-    return RawBatch(fields, np.frombuffer(b"".join(parts), np.uint8), places, sizes, errors)
+    return RawBatch(fields, np.frombuffer(bytearray().join(parts), np.uint8), places, sizes, errors)
 
 
 def replace_samples(batch: RawBatch, samples: Mapping[int, RawSample]) -> RawBatch:

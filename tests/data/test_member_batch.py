@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from groundwork.data.dataset import Dataset, open_dataset
 from groundwork.data.raw_batch import RawBatch, RawSample, RawView, pack_samples
@@ -218,6 +220,21 @@ def test_a_copy_in_another_process_reads_the_same(dataset: Dataset) -> None:
     for method in ("fork", "spawn"):
         with multiprocessing.get_context(method).Pool(1) as pool:
             assert plain(pool.apply(dataset.read_fields, (range(24),))) == expected
+
+
+class Batches(TorchDataset[RawBatch]):
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, i: int) -> RawBatch:
+        return self.dataset.read_batch(range(i))
+
+
+def test_a_batch_comes_from_a_worker_as_it_was(dataset: Dataset) -> None:
+    sizes = [0, 1, 5, 24]
+    loader = DataLoader(Batches(dataset), sampler=sizes, batch_size=None, num_workers=2)
+    for size, batch in zip(sizes, list(loader), strict=True):
+        assert plain(list(batch)) == plain(dataset.read_fields(range(size)))
 
 
 def test_indices_that_are_let_go_are_not_read_from(
