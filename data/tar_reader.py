@@ -261,7 +261,7 @@ def checksum_holds(header: bytes) -> bool:
     # both sums are of all bytes, those of the checksum itself counting as blanks
     content = header[:148] + header[156:]
     unsigned = sum(content.translate(None, b"\0")) + 8 * 0x20
-    return stated in (unsigned, unsigned - 256 * sum(b > 127 for b in content))
+    return stated == unsigned or stated == unsigned - 256 * sum(b > 127 for b in content)
 
 
 def number(field: bytes) -> int:
