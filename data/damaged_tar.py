@@ -204,6 +204,8 @@ def _extension_kinds(reader: TarReader, begin: int, end: int) -> set[bytes]:
 
 def _next_header(reader: TarReader, position: int) -> int | None:
     """Where the next header of ustar begins, at a block from `position` on."""
+    if _is_header(reader.read(position, BLOCK)):
+        return position
     while position < reader.tar_bytes:
         data = reader.read(position, min(SEARCHED, reader.tar_bytes - position))
         if not data:

@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -178,7 +179,15 @@ def _check_all(
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                yield running.pop(future), future.result()
+                number = running.pop(future)
+                try:
+                    checked = future.result()
+                except BrokenProcessPool as error:
+                    raise ShardError(
+                        f"{files[number].path}: a process that checks shards was killed (by the "
+                        "system, for want of memory?); use fewer workers"
+                    ) from error
+                yield number, checked
 
 
 def _note_keys(folder: Path, number: int, checked: CheckedShard) -> None:

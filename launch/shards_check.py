@@ -1,6 +1,7 @@
 """`groundwork shards verify`, `repair` and `index`."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ from groundwork.launch.errors import reporting
 
 if TYPE_CHECKING:
     from groundwork.data.shard_check import Finding
-    from groundwork.data.verify import Report
+    from groundwork.data.verify import Report, ShardSet
 
+#: Bytes below which starting processes takes longer than checking in one.
+SMALL: Final = 64 * 2**20
 #: Exit status where something is bad, and where there is nothing to check.
 BAD: Final = 1
 UNREADABLE: Final = 2
@@ -25,7 +28,9 @@ UNREADABLE: Final = 2
 console = Console(stderr=True, highlight=False)
 
 Where = Annotated[str, typer.Argument(help="Folder of a data set or of tars, a tar, or a pattern.")]
-Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes; 1 for small data sets, else one per core.")
+]
 Require = Annotated[
     list[str] | None,
     typer.Option(help="Field that every sample must have (txt, json, ...; `image` for any)."),
@@ -36,7 +41,7 @@ def verify(
     where: Where,
     decode: Annotated[bool, typer.Option(help="Decode every image to its end.")] = False,
     require: Require = None,
-    workers: Workers = 2,
+    workers: Workers = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout instead of lines.")
     ] = False,
@@ -61,7 +66,12 @@ def verify(
             return UNREADABLE
         checks = Checks(decode, tuple(require or ()))
         with _bar("checking", len(shards.shards)) as advance:
-            report = verify_shards(shards, checks, workers=workers, on_progress=lambda _: advance())
+            report = verify_shards(
+                shards,
+                checks,
+                workers=workers or _processes(shards),
+                on_progress=lambda _: advance(),
+            )
         if as_json:
             typer.echo(json.dumps(_record(report)))
         else:
@@ -79,7 +89,7 @@ def repair(
     out: Annotated[Path, typer.Option(help="Folder of the clean copy.")],
     decode: Annotated[bool, typer.Option(help="Leave out what does not decode.")] = True,
     require: Require = None,
-    workers: Workers = 2,
+    workers: Workers = None,
 ) -> None:
     """Write a clean copy of a damaged data set; the original stays as it is.
 
@@ -92,12 +102,13 @@ def repair(
 
     def run() -> int:
         checks = Checks(decode, tuple(require or ()))
-        with _bar("checking and copying", 2 * len(find_shards(where).shards)) as advance:
+        shards = find_shards(where)
+        with _bar("checking and copying", 2 * len(shards.shards)) as advance:
             result = repaired_copy(
                 where,
                 out,
                 checks,
-                workers=workers,
+                workers=workers or _processes(shards),
                 on_progress=lambda _: advance(),
                 on_shard=advance,
             )
@@ -137,6 +148,11 @@ def index(
         return BAD if refused else 0
 
     raise typer.Exit(reporting(run))
+
+
+def _processes(shards: "ShardSet") -> int:
+    size = sum(shard.path.stat().st_size for shard in shards.shards if shard.path.is_file())
+    return 1 if size < SMALL else len(os.sched_getaffinity(0))
 
 
 def printable(text: str) -> str:

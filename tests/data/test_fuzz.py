@@ -24,8 +24,10 @@ from PIL import Image
 
 from groundwork.data import decode
 from groundwork.data.damaged_tar import find_samples
+from groundwork.data.repair import repair
 from groundwork.data.sample_reader import plan_reads
 from groundwork.data.samples import Concept, Sample, SampleError, class_label, sample_from_fields
+from groundwork.data.shard_check import Checks
 from groundwork.data.shard_index import (
     ShardError,
     index_bytes,
@@ -45,6 +47,7 @@ from groundwork.data.shards import (
 )
 from groundwork.data.tar_reader import TarReader
 from groundwork.data.transforms import ImageTransform, training_image
+from groundwork.data.verify import verify
 
 #: What one input may take: seconds of processor time, and bytes above what the process had before.
 SECONDS, BYTES = 5.0, 512 * 2**20
@@ -182,7 +185,7 @@ def with_checksums(data: bytes) -> bytes:
     return b"".join(blocks)
 
 
-@sizes(900, 35_000)
+@sizes(900, 32_000)
 def test_any_tar_is_read_or_refused(examples: int) -> None:
     refused = 0
 
@@ -208,6 +211,38 @@ def test_any_tar_is_read_or_refused(examples: int) -> None:
 
     fuzz(tar_seeds(), examples, check)
     assert 0 < refused < examples
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("has_manifest", [False, True])
+@sizes(40, 1_500)
+def test_what_is_repaired_of_any_tar_is_good(
+    has_manifest: bool, examples: int, data_set: Path, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "o", tmp_path / "r"
+    folder.mkdir()
+    for name, data in bytes_of(data_set).items():
+        if has_manifest or name.endswith(".tar"):
+            (folder / name).write_bytes(data)
+    tar = folder / "train-000001.tar"
+    changed = 0
+
+    def check(data: bytes, mend: bool) -> None:
+        nonlocal changed
+        tar.write_bytes(with_checksums(data) if mend else data)
+        before = bytes_of(folder)
+        result = repair(str(folder), out)
+        assert bytes_of(folder) == before
+        assert verify(str(out), Checks(decode=True)).is_good
+        changed += not result.report.is_good
+        copied = sum(map(result.manifest.samples, result.manifest.splits))
+        assert copied >= 3  # those of the other two shards
+
+    fuzz([tar.read_bytes()], examples, check)
+    assert changed > 0
 
 
 # Side-cars

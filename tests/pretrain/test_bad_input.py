@@ -69,6 +69,7 @@ def test_bad_pictures_within_the_budget_are_quarantined(
     lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert lines
     assert all("cannot be decoded" in line["reason"] for line in lines)
+    assert {line["diagnosis"] for line in lines} == {"not-an-image"}
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["bad_samples"] == len(lines)
 
