@@ -25,6 +25,7 @@ from groundwork.data.shards import MANIFEST, read_manifest, write_shards
 from groundwork.data.stream import Fault, Source, Stream
 from groundwork.data.transforms import ImageTransform, training_image
 from groundwork.data.verify import verify
+from groundwork.kernels.member_reader import find_member_reader
 
 SAMPLES, PER_SHARD = 24, 6
 #: The sample that is spoilt, in the second shard.
@@ -138,6 +139,11 @@ def run(
     return [e for batch in in_turn for e in batch.data], sorted(faults, key=lambda f: f.position)
 
 
+def result_of(sample: Sample | SampleError) -> object:
+    is_bad = isinstance(sample, SampleError)
+    return (str(sample), sample.diagnosis) if is_bad else sample
+
+
 def assert_same_on_resume_and_elsewhere(folder: Path) -> list[Fault]:
     """Returns the faults of the stream, which are those of every other way to read it."""
     stream = Stream([Source(open_dataset(str(folder)), decode)], seed=5)
@@ -145,6 +151,10 @@ def assert_same_on_resume_and_elsewhere(folder: Path) -> list[Fault]:
     assert len(sequence) == STEPS * GLOBAL_BATCH
     assert run(stream, 2, 1) == (sequence, faults)
     assert run(stream, 3, 0) == (sequence, faults)
+    everything = list(range(SAMPLES))
+    in_c = open_dataset(str(folder), reader=find_member_reader()).read_many(everything)
+    in_python = open_dataset(str(folder)).read_many(everything)
+    assert list(map(result_of, in_c)) == list(map(result_of, in_python))
     for step in (1, 3):
         rest = [fault for fault in faults if fault.position >= step * GLOBAL_BATCH]
         assert run(stream, 2, 0, first_step=step) == (sequence[step * GLOBAL_BATCH :], rest)
