@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import google_crc32c
+import numpy as np
 
 from groundwork.data.damaged_tar import FoundSample, Problem, TarContent, find_samples
 from groundwork.data.decode import decode_opened, ignoring_warnings, open_image, peculiarities
 from groundwork.data.diagnosis import Diagnosis
+from groundwork.data.image_header import UNKNOWN, image_size
+from groundwork.data.index_builder import MAX_INT32
 from groundwork.data.samples import (
     IMAGE_EXTENSIONS,
     NO_CLASS,
@@ -148,7 +151,7 @@ def _check_shard(shard: ShardFile, checks: Checks) -> CheckedShard:
         found = [list(checker.check(sample)) for sample in content.samples]
     if index is not None and is_whole:
         misplaced = _misplaced(content.samples, checker.indexed)
-        problems += _wrong_index(index, tar_bytes, content.samples, misplaced)
+        problems += _wrong_index(index, tar_bytes, content.samples, misplaced, checker)
     damaged = checker.damaged
     is_index_wrong = is_as_written or len(damaged) > max(1, len(found) // 2)
     if (
@@ -180,7 +183,11 @@ def _check_shard(shard: ShardFile, checks: Checks) -> CheckedShard:
 
 
 class _SampleChecker:
-    """Checks samples one by one. damaged: by row, those with a checksum that the index has not."""
+    """Checks samples one by one.
+
+    damaged: by row, those with a checksum that the index has not. sizes: of all rows, width and
+    height of the image and bytes of the text, as an index states them.
+    """
 
     def __init__(
         self,
@@ -192,6 +199,7 @@ class _SampleChecker:
         self.reader, self.checks = reader, checks
         self.indexed = {} if index is None else _by_offset(index)
         self.damaged: dict[int, Problem] = {}
+        self.sizes: list[tuple[int, int, int]] = []
         self.has_captions = any(s.members.get("txt", (0, 0))[1] for s in samples)
         self.row = -1
 
@@ -199,6 +207,7 @@ class _SampleChecker:
         """What is wrong or unusual with a sample; called for all in order."""
         self.row += 1
         if sample.fault is not None:
+            self.sizes.append((*UNKNOWN, MISSING))
             yield Problem(*sample.fault[:3], sample.key)
             return
         fields: dict[str, bytes] = {}
@@ -209,6 +218,8 @@ class _SampleChecker:
                 detail = f"member {name!r} fails its checksum"
                 problem = Problem(offset, Diagnosis.DAMAGED_MEMBER, detail, sample.key)
                 self.damaged.setdefault(self.row, problem)
+        text_bytes = min(sample.members.get("txt", (0, MISSING))[1], MAX_INT32)
+        self.sizes.append((*image_size(fields.get(_image_field(fields), b"")[:CHUNK]), text_bytes))
         for name in sorted(fields):
             if is_never_read(name):
                 offset = sample.members[name][0]
@@ -331,6 +342,7 @@ def _wrong_index(
     tar_bytes: int,
     samples: list[FoundSample],
     misplaced: list[tuple[FoundSample, int]],
+    checker: _SampleChecker,
 ) -> list[Problem]:
     """Where a side-car tells of another tar than the one it lies beside."""
     if misplaced:
@@ -342,5 +354,14 @@ def _wrong_index(
     elif int((index.sizes != MISSING).sum()) != sum(len(s.members) for s in samples):
         detail = "lists members that are not there; delete the side-car"
     else:
-        return []
+        stated = np.stack([index.widths, index.heights, index.text_bytes], 1)
+        # side-cars of version 2 do not know the sizes of images
+        differs = (stated != np.array(checker.sizes, np.int64).reshape(-1, 3)) & (stated != 0)
+        differs[list(checker.damaged)] = False
+        rows = np.flatnonzero(differs.any(1))
+        if not len(rows):
+            return []
+        sample = samples[int(rows[0])]
+        detail = f"states other sizes for {len(rows):,} images or texts; delete the side-car"
+        return [Problem(sample.offset, Diagnosis.WRONG_INDEX, detail, sample.key)]
     return [Problem(0, Diagnosis.WRONG_INDEX, detail)]

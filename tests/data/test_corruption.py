@@ -637,6 +637,11 @@ def test_a_side_car_of_another_tar_is_found(tmp_path: Path) -> None:
     write_index(replace(right, offsets=right.offsets + 1), index)
     (finding,) = bad_of(folder)
     assert finding[:4] == (SHARD, "k06", 512, Diagnosis.WRONG_INDEX)
+    # with the sizes of other images
+    for change in ({"widths": right.widths + 1}, {"text_bytes": right.text_bytes + 1}):
+        write_index(replace(right, **change), index)
+        (finding,) = bad_of(folder)
+        assert finding[:4] == (SHARD, "k06", 512, Diagnosis.WRONG_INDEX)
     # of another size
     write_index(replace(right, tar_bytes=right.tar_bytes - 512), index)
     (finding,) = bad_of(folder)
