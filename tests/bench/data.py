@@ -47,6 +47,10 @@ PEERS = ("mosaic", "energon")
 PACKAGES = ("webdataset", "torch", "torchvision", "numpy", "pillow", "simplejpeg", "google-crc32c")
 
 
+#: Samples before the clock starts.
+WARM, WARM_DECODED = 2048, decode.WORKERS * decode.BATCH
+
+
 class Speed(NamedTuple):
     """samples per second; microseconds: processor time of all processes of a side, per sample."""
 
@@ -57,16 +61,22 @@ class Speed(NamedTuple):
 Side = Callable[[], Speed]
 
 
-def measure(counts: Iterator[int], seconds: float) -> Speed:
-    """In the steady state: what is timed begins when workers and caches are warm."""
-    warm = 0
-    while warm < 8 * sides.READ_BATCH:
-        warm += next(counts)
-    began, worked, count = time.perf_counter(), decode.processor_seconds(), 0
+def processor_seconds() -> float:
+    """Of this process, to the microsecond, and of its children, in ticks of the system's clock."""
+    children = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return time.process_time() + sum(times.user + times.system for times in children)
+
+
+def measure(counts: Iterator[int], seconds: float, warm: int) -> Speed:
+    """In the steady state, after `warm` samples: when workers run and caches are warm."""
+    while warm > 0:
+        warm -= next(counts)
+    began, worked, count = time.perf_counter(), processor_seconds(), 0
     while (elapsed := time.perf_counter() - began) < seconds:
-        # in lumps, so that looking at the clock costs nobody anything
-        count += sum(itertools.islice(counts, 32))
-    return Speed(count / elapsed, (decode.processor_seconds() - worked) / count * 1e6)
+        target = count + 256  # not to look at the clock for each sample
+        while count < target:
+            count += next(counts)
+    return Speed(count / elapsed, (processor_seconds() - worked) / count * 1e6)
 
 
 def alternate(contestants: Mapping[str, Side], rounds: int) -> dict[str, list[Speed]]:
@@ -202,15 +212,15 @@ def reading(
     assert_same_samples(folder)
     contestants: dict[str, Callable[[Path], Iterator[int]]] = {
         "webdataset": sides.webdataset_samples,
-        "ours": partial(sides.our_batches, shuffle="block"),
-        "ours, in order": partial(sides.our_batches, shuffle="none"),
+        "ours": partial(sides.our_batches, shuffle="none"),
+        "ours, shuffled in blocks": partial(sides.our_batches, shuffle="block"),
         "ours, global shuffle": partial(sides.our_batches, shuffle="global"),
-        "ours, as dicts": partial(sides.our_dicts, shuffle="block"),
+        "ours, as dicts": partial(sides.our_dicts, shuffle="none"),
         "webdataset, 2 workers": partial(sides.webdataset_workers, workers=2),
-        "ours, 2 workers": partial(sides.our_workers, shuffle="block", workers=2),
+        "ours, 2 workers": partial(sides.our_workers, shuffle="none", workers=2),
     }
     timed: dict[str, Side] = {
-        name: partial(lambda side: measure(side(folder), seconds), side)
+        name: partial(lambda side: measure(side(folder), seconds, WARM), side)
         for name, side in contestants.items()
     }
     for peer in peers:
@@ -223,15 +233,13 @@ def decoding(
 ) -> dict[str, list[Speed]]:
     tars = sorted(map(str, folder.glob("*.tar")))
 
-    def timed(batches: Callable[[], Iterator[torch.Tensor]]) -> Speed:
-        stream = batches()
-        found = decode.speed(stream, seconds)
-        del stream  # and its workers
-        return Speed(found.pictures, found.milliseconds * 1e3)
-
     contestants: dict[str, Side] = {
-        "webdataset": lambda: timed(lambda: decode.webdataset_batches(tars)),
-        "ours": lambda: timed(lambda: sides.our_stream(folder, decode.WORKERS)),
+        "webdataset": lambda: measure(
+            map(sides.pictures_in, decode.webdataset_batches(tars)), seconds, WARM_DECODED
+        ),
+        "ours": lambda: measure(
+            map(sides.pictures_in, sides.our_stream(folder, decode.WORKERS)), seconds, WARM_DECODED
+        ),
     }
     for peer in peers:
         contestants[peer.name] = partial(peer.speed, "decode", folder.name, seconds, decode.WORKERS)
@@ -244,9 +252,9 @@ def writing(folder: Path, rounds: int, samples: int) -> dict[str, list[Speed]]:
     def timed(write: Callable[[Sequence[Any], Path], None]) -> Speed:
         out = folder / "written"
         out.mkdir()
-        began, worked = time.perf_counter(), decode.processor_seconds()
+        began, worked = time.perf_counter(), processor_seconds()
         write(records, out)
-        elapsed, work = time.perf_counter() - began, decode.processor_seconds() - worked
+        elapsed, work = time.perf_counter() - began, processor_seconds() - worked
         shutil.rmtree(out)
         return Speed(samples / elapsed, work / samples * 1e6)
 
@@ -334,8 +342,12 @@ def summary(report: Mapping[str, Any]) -> str:
             if peer in ratios
         )
         parts.append(f"{name} {listed}")
-    slowest = max(statistics.median(r["total_ms"]) for r in report["opening"].values())
-    return "; ".join(parts) + f"; opening at sample 10^7 of 10^8: {slowest:.0f} ms"
+    shuffled = report["reading"]["ratios"]["ours, shuffled in blocks"]["webdataset"]
+    parts[0] += f", shuffled {shuffled['ratio']:.1f}x webdataset ({shuffled['work']:.1f}x)"
+    opening = max(r["open_ms"] + r["seek_ms"] for r in report["opening"].values())
+    batch = report["opening"]["blocks of 100,000"]["first_batch_ms"]
+    last = f"opening at sample 10^7 of 10^8 {opening:.0f} ms, first shuffled batch {batch:.0f} ms"
+    return "; ".join([*parts, last])
 
 
 def main() -> None:
@@ -356,7 +368,7 @@ def main() -> None:
         write_small(folder / "small", 8, 1024 if quick else 4096)
         sizes = {f"{width}x{height}": (width, height) for width, height in decode.SIZES}
         for size, (width, height) in sizes.items():
-            pictures = [decode.photograph(width, height, i) for i in range(6 if quick else 32)]
+            pictures = [decode.photograph(width, height, i) for i in range(4 if quick else 32)]
             (folder / size).mkdir()
             decode.write_tars(folder / size, pictures, tars=4, samples=2 * decode.BATCH)
         for peer, tars in itertools.product(PEERS, ("small", *sizes)):
@@ -365,13 +377,13 @@ def main() -> None:
                 os.link(tar, folder / peer / tars / tar.name)
         started = start_peers(arguments.peer_python, folder, console)
         try:
+            peers = prepared(started, ("small", *sizes), console)
             report["writing"] = show(
-                "writing", writing(folder, 3 if quick else 9, 2000 if quick else 20_000), console
+                "writing", writing(folder, 2 if quick else 9, 2000 if quick else 20_000), console
             )
             opening = data_opening.measure(folder, 3 if quick else 9)
             report["opening"] = opening
             show_opening(opening, console)
-            peers = prepared(started, ("small", *sizes), console)
             report["reading"] = show(
                 "reading without decoding",
                 reading(folder / "small", peers, rounds, seconds),
@@ -379,7 +391,7 @@ def main() -> None:
             )
             for size in sizes:
                 speeds = decoding(
-                    folder / size, peers, 2 if quick else rounds, 0.8 if quick else 5.0
+                    folder / size, peers, 2 if quick else rounds, 1.0 if quick else 5.0
                 )
                 report[f"decoding {size}"] = show(f"decoding {size}, 2 workers", speeds, console)
         finally:

@@ -91,9 +91,7 @@ def measure(parent: Path, rounds: int) -> dict[str, Any]:
         laps = [lap(folder, order) for _ in range(rounds)]
         for shard in needed:
             take_away(folder / shard_name("train", shard), tar.stat().st_size)
-        opening, seeking, reading = (
-            statistics.median(column) for column in zip(*laps, strict=True)
-        )
+        opening, seeking, reading = map(statistics.median, zip(*laps, strict=True))
         results[order] = {
             "open_ms": opening,
             "seek_ms": seeking,

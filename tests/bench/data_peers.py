@@ -135,14 +135,15 @@ def processor_seconds() -> float:
     return sum(time.user + time.system for time in times)
 
 
-def measure(batches: Iterator[int], seconds: float) -> dict[str, float]:
-    """Samples per second and microseconds of processor time for each, once all is running."""
-    warm = 0
-    while warm < 6 * BATCH:
-        warm += next(batches)
+def measure(batches: Iterator[int], seconds: float, warm: int) -> dict[str, float]:
+    """Samples per second and microseconds of processor time for each, after `warm` samples."""
+    while warm > 0:
+        warm -= next(batches)
     began, worked, count = time.perf_counter(), processor_seconds(), 0
     while (elapsed := time.perf_counter() - began) < seconds:
-        count += next(batches)
+        target = count + BATCH  # not to look at the clock for each sample
+        while count < target:
+            count += next(batches)
     return {
         "samples": count / elapsed,
         "microseconds": (processor_seconds() - worked) / count * 1e6,
@@ -168,7 +169,8 @@ def main() -> None:
             answer = {}
         else:
             batches = peer.batches(folder / name, task, int(workers))
-            answer = measure(batches, float(seconds))
+            warm = 2 * BATCH if task == "decode" else 1024
+            answer = measure(batches, float(seconds), warm)
             del batches
         print(json.dumps(answer), file=answers)
         answers.flush()

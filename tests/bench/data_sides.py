@@ -120,6 +120,12 @@ def collate(examples: Sequence[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
     return torch.stack([image for image, _ in examples]), [text for _, text in examples]
 
 
+def pictures_in(batch: Tensor) -> int:
+    assert batch.shape == (BATCH, 3, TRANSFORM.size, TRANSFORM.size)
+    assert batch.dtype == torch.uint8
+    return len(batch)
+
+
 def our_stream(folder: Path, workers: int) -> Iterator[Tensor]:
     """The stream that training reads: global shuffle, replacements, exact state, workers."""
     jpeg_crop = find_jpeg_crop()
