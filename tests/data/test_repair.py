@@ -153,6 +153,15 @@ def test_nothing_of_others_is_replaced(data_set: Path, tmp_path: Path) -> None:
     assert (tmp_path / "r" / "thesis.tex").is_file()
 
 
+def test_a_copy_that_is_interrupted_leaves_nothing(data_set: Path, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair(str(data_set), tmp_path / "r", on_shard=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
 def test_without_a_good_sample_nothing_is_written(tmp_path: Path) -> None:
     write_tar(tmp_path / "o" / "x.tar", [("a.jpg", b"<html>"), ("b.jpg", b"")])
     with pytest.raises(ShardError, match="no sample of it is good"):
