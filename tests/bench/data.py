@@ -282,7 +282,7 @@ def machine() -> dict[str, Any]:
     except (OSError, StopIteration):
         pass
     return {
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "processor": model,
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -391,7 +391,7 @@ def main() -> None:
             )
             for size in sizes:
                 speeds = decoding(
-                    folder / size, peers, 2 if quick else rounds, 1.0 if quick else 5.0
+                    folder / size, peers, 2 if quick else rounds, 1.2 if quick else 5.0
                 )
                 report[f"decoding {size}"] = show(f"decoding {size}, 2 workers", speeds, console)
         finally:

@@ -7,8 +7,10 @@ import resource
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -246,6 +248,19 @@ def test_indices_that_are_let_go_are_not_read_from(
     expected = plain(open_dataset(str(folder)).read_fields(range(24)))
     for _ in range(20):
         assert plain(dataset.read_fields(range(24))) == expected
+
+
+def test_threads_that_close_each_others_files_and_indices_read_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("groundwork.data.shard_table.KEPT_INDICES", 1)
+    monkeypatch.setattr("groundwork.data.storage.MAX_OPEN_FILES", 1)
+    dataset = open_dataset(str(folder), reader=READER)
+    orders = [np.random.default_rng(i).permutation(24).tolist() for i in range(60)]
+    expected = plain(open_dataset(str(folder)).read_fields(range(24)))
+    with ThreadPoolExecutor(4) as pool:
+        for order, found in zip(orders, pool.map(dataset.read_fields, orders), strict=True):
+            assert plain(found) == [expected[i] for i in order]
 
 
 def test_an_index_with_a_field_twice_is_left_to_python(
