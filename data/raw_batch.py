@@ -84,7 +84,7 @@ class RawBatch:
             begin = places[-1]
             key = str(view[begin : begin + sizes[-1]], "utf-8")
             members = {
-                name: bytes(view[place : place + size])
+                name: view[place : place + size].tobytes()
                 for name, place, size in zip(fields, places, sizes, strict=False)
                 if size != MISSING
             }
