@@ -300,7 +300,7 @@ def with_index_checksums(data: bytes) -> bytes:
         new = json.dumps(record, separators=(",", ":")).encode()
         if len(new) <= len(header):
             header = new + b" " * (len(header) - len(new))
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError, SyntaxError):
         pass  # then with its own checksum only
     preamble = data[:8] + struct.pack("<II", len(header), google_crc32c.value(header))
     return preamble + header + data[end:]
