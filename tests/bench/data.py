@@ -391,7 +391,7 @@ def main() -> None:
             )
             for size in sizes:
                 speeds = decoding(
-                    folder / size, peers, 2 if quick else rounds, 1.2 if quick else 5.0
+                    folder / size, peers, 2 if quick else rounds, 1.8 if quick else 5.0
                 )
                 report[f"decoding {size}"] = show(f"decoding {size}, 2 workers", speeds, console)
         finally:
