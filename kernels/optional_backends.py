@@ -29,11 +29,13 @@ class AdamWChoice(NamedTuple):
 
 
 def choose_adamw(backend: AdamWBackend, device: str) -> AdamWChoice:
-    """The implementation for parameters on `device` ("cpu" or "cuda"). Raises BackendError.
+    """The implementation for parameters on `device` ("cpu", "cuda", "cuda:1"). Raises BackendError.
 
     "auto" is torch's: fused on a GPU, plain on the CPU. The others only come when asked for, as all
     of them do the same arithmetic and torch's needs no compilation.
     """
+    _check_name("optimizer.backend", backend, get_args(AdamWBackend))
+    device = _kind(device)
     if backend == "auto":
         if device == "cuda":
             return AdamWChoice("torch_fused", "torch's own, one kernel per step", _torch_fused)
@@ -61,13 +63,12 @@ class LayerNormChoice(NamedTuple):
 
 
 def choose_layer_norm(backend: LayerNormBackend, device: str) -> LayerNormChoice:
-    """The implementation for tensors on `device` ("cpu" or "cuda"). Raises BackendError.
+    """The implementation for tensors on `device` ("cpu", "cuda", "cuda:1"). Raises BackendError.
 
     "auto" is torch's: `torch.compile` fuses it with its neighbours, and it runs anywhere.
     """
-    if backend not in get_args(LayerNormBackend):
-        names = ", ".join(get_args(LayerNormBackend))
-        raise BackendError(f"layer_norm backend {backend!r} is unknown; choose one of {names}")
+    _check_name("layer_norm backend", backend, get_args(LayerNormBackend))
+    device = _kind(device)
     if backend != "apex":
         reason = "torch's own" if backend == "auto" else "asked for"
         return LayerNormChoice("torch", reason, _torch_layer_norm)
@@ -84,14 +85,30 @@ def apex_problem() -> str | None:
         if find_spec("apex") is None:
             return "apex is not installed (https://github.com/NVIDIA/apex; not `pip install apex`)"
         missing = [name for name in APEX_MODULES if find_spec(name) is None]
-    except (ImportError, ValueError) as error:
-        return f"apex does not import ({error})"
+    except Exception as error:  # finding a submodule runs the package, which may raise anything
+        return f"apex does not import ({type(error).__name__}: {error})"
     if missing:
         return (
             f"the installed package apex is not NVIDIA's: it has no {missing[0]}; "
             "`pip uninstall apex`, then build https://github.com/NVIDIA/apex"
         )
     return None
+
+
+def _check_name(what: str, backend: str, known: tuple[str, ...]) -> None:
+    if backend not in known:
+        raise BackendError(f"{what} {backend!r} is unknown; choose one of {', '.join(known)}")
+
+
+def _kind(device: str | torch.device) -> str:
+    """ "cpu" or "cuda", without a number."""
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise BackendError(f"device {str(device)!r} is unknown; give 'cpu', 'cuda' or 'cuda:N'")
+    return kind
 
 
 def _torch_layer_norm(channels: int, eps: float) -> nn.Module:

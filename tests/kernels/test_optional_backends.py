@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from groundwork.kernels import doctor
 from groundwork.kernels.optional_backends import (
     BackendError,
     apex_problem,
@@ -98,3 +99,37 @@ def test_a_layer_norm_that_cannot_run_says_why(installed: Path) -> None:
     put_apex(installed, [])
     with pytest.raises(BackendError, match=r"not NVIDIA's: it has no apex\.optimizers"):
         choose_layer_norm("apex", "cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend", ["nonsense", "Apex", "DeepSpeed", "", None])
+def test_an_unknown_adamw_is_refused_on_every_device(backend: str, device: str) -> None:
+    names = "auto, torch, torch_fused, apex, deepspeed"
+    with pytest.raises(BackendError, match=f"{backend!r} is unknown; choose one of {names}"):
+        choose_adamw(backend, device)  # type: ignore[arg-type]
+
+
+def test_a_device_may_have_a_number() -> None:
+    assert choose_adamw("auto", "cuda:0").backend == "torch_fused"
+    assert choose_adamw("auto", "cpu:0").backend == "torch"
+    assert choose_adamw("auto", str(torch.device("cuda", 1))).backend == "torch_fused"
+    assert choose_adamw("deepspeed", "cuda:0").backend == "deepspeed"
+    assert choose_layer_norm("auto", "cuda:0").backend == "torch"
+
+
+@pytest.mark.parametrize("device", ["tpu", "mps", "meta", "cuda:x", "", None])
+def test_an_unknown_device_is_refused(device: str) -> None:
+    for choose in (choose_adamw, choose_layer_norm):
+        with pytest.raises(BackendError, match=f"device '{device}' is unknown; give 'cpu', 'cuda'"):
+            choose("auto", device)
+
+
+def test_an_apex_that_raises_when_imported_is_a_reason_not_a_crash(installed: Path) -> None:
+    put_apex(installed, ["optimizers", "normalization", "multi_tensor_apply"])
+    (installed / "apex" / "__init__.py").write_text("raise RuntimeError('built for CUDA 11')")
+    problem = "apex does not import (RuntimeError: built for CUDA 11)"
+    assert apex_problem() == problem
+    with pytest.raises(BackendError, match=r"built for CUDA 11.*; use 'auto'"):
+        choose_layer_norm("apex", "cuda")
+    statuses = [doctor._adamw("cpu"), doctor._layer_norm("cpu")]
+    assert all(problem in status.reason for status in statuses)
