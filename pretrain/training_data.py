@@ -13,6 +13,7 @@ from groundwork.data.dataset import Dataset, open_dataset
 from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.mixture import Mixture, MixtureError
 from groundwork.data.samples import Concept
+from groundwork.kernels.member_reader import find_member_reader
 
 #: Class indices of a source lie below this; those of the next begin there.
 LABELS_PER_SOURCE: Final = 2**40
@@ -143,9 +144,10 @@ def open_datasets(
 ) -> dict[str, Dataset]:
     """Open what the section names; every missing or damaged file is found here."""
     config = None if cache is None else cache.to_config()
+    reader = find_member_reader()  # compiled here, before workers are forked
     if shards is not None:
-        return {"": open_dataset(shards, split, cache=config)}
-    return {s.name: open_dataset(s.shards, s.split, cache=config) for s in sources}
+        return {"": open_dataset(shards, split, cache=config, reader=reader)}
+    return {s.name: open_dataset(s.shards, s.split, cache=config, reader=reader) for s in sources}
 
 
 def open_knowledge_index(path: str | None) -> KnowledgeIndex | None:
