@@ -11,7 +11,7 @@ its input, and computes the convolution again in the backward pass.
 `depthwise_norm_gelu_reference` is the definition of correct.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,15 @@ from torch import Tensor
 
 from groundwork.kernels import depthwise_norm_gelu_cpu, depthwise_norm_gelu_cuda
 from groundwork.kernels.fused_layers import (
+    check_eps,
     check_parameters,
     check_tensor,
     choose_backend,
     convolved_dtype,
     is_eager,
+    layer_norm,
     normed_dtype,
+    refuse_second_derivative,
 )
 
 OP = "depthwise_norm_gelu"
@@ -44,9 +47,11 @@ def depthwise_norm_gelu(
     """x: (B, H, W, C); weight: (C, 1, k, k), k odd; bias, scale, shift: (C,) -> (B, H, W, C).
 
     The output has the dtype that the three layers would give it, also under autocast; sums are in
-    float32. Differentiable once; the reference has derivatives of every order.
+    float32. Parameters may have another dtype than x; without autocast the output has that of x.
+    B may be 0. Differentiable once; the reference has derivatives of every order.
     """
     _check(x, weight, bias, scale, shift)
+    check_eps(OP, eps)
     dtype = convolved_dtype(x)
     if normed_dtype(x) != x.dtype:
         dtype = torch.float32
@@ -64,12 +69,22 @@ def depthwise_norm_gelu(
 def depthwise_norm_gelu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6
 ) -> Tensor:
-    """The same by three layers of PyTorch."""
-    channels = x.shape[-1]
+    """The same by three layers of PyTorch, without autocast in the widest dtype of the inputs."""
+    channels, dtype = x.shape[-1], x.dtype
+    cast = torch.is_autocast_enabled(x.device.type) and dtype != torch.float64
+    if mixed := not (cast or dtype == weight.dtype == bias.dtype):
+        for tensor in (weight, bias, scale, shift):
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        weight, bias = weight.to(dtype), bias.to(dtype)
     c = F.conv2d(
-        x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=channels
+        x.to(dtype).permute(0, 3, 1, 2),
+        weight,
+        bias,
+        padding=weight.shape[-1] // 2,
+        groups=channels,
     ).permute(0, 2, 3, 1)
-    return F.gelu(F.layer_norm(c, (channels,), scale, shift, eps))
+    output = F.gelu(layer_norm(c, scale, shift, eps))
+    return output.to(x.dtype) if mixed else output
 
 
 class _DepthwiseNormGelu(torch.autograd.Function):
@@ -91,12 +106,33 @@ class _DepthwiseNormGelu(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        eps, backend = ctx.arguments
         x, *parameters = ctx.saved_tensors
-        grad_x, grads = MODULES[backend].backward(grad_output, x, *parameters, eps)
+        grad_x, grads = _DepthwiseNormGeluBackward.apply(
+            grad_output, x, *parameters, *ctx.arguments
+        )
         return _gradients(grad_x, grads, *parameters)
+
+
+class _DepthwiseNormGeluBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_output: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        grad_x, grads = MODULES[backend].backward(grad_output, x, weight, bias, scale, shift, eps)
+        return grad_x, grads
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        _refuse(ctx, *gradients)
 
 
 # ---- registration: fake kernels and autograd, for what traces ----
@@ -177,20 +213,30 @@ def _gradients(
     )
 
 
+def _refuse(ctx: Any, *gradients: Tensor) -> NoReturn:
+    refuse_second_derivative(OP)
+
+
 _op.register_autograd(_backward, setup_context=_save_inputs)
+_backward_op.register_autograd(_refuse)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> None:
+    check_tensor(OP, "x", x, x)
     if x.dim() != 4:
         raise ValueError(f"{OP}: x has shape {tuple(x.shape)}, expected (B, H, W, C)")
+    if 0 in x.shape[1:]:
+        raise ValueError(
+            f"{OP}: x has shape {tuple(x.shape)}, expected (B, H, W, C) with at least one pixel "
+            "and channel; only B may be 0"
+        )
     channels = x.shape[-1]
+    check_tensor(OP, "weight", weight, x)
     k = weight.shape[-1] if weight.dim() == 4 else 0
     if weight.shape != (channels, 1, k, k) or k % 2 == 0:
         raise ValueError(
             f"{OP}: weight has shape {tuple(weight.shape)}, expected ({channels}, 1, k, k) with an "
             f"odd k for x of shape {tuple(x.shape)}"
         )
-    check_tensor(OP, "x", x, x)
-    check_tensor(OP, "weight", weight, x)
     vectors = {"bias": bias, "scale": scale, "shift": shift}
     check_parameters(OP, x, {name: (tensor, channels) for name, tensor in vectors.items()})

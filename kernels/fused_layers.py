@@ -6,12 +6,14 @@ it was: in its dtypes under autocast, its derivatives of every order, and its tr
 """
 
 import ctypes
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Final
+from typing import Final, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -49,7 +51,9 @@ def choose_backend(
     elif unknown := [str(d) for d in dtypes if d not in DTYPES[wanted]]:
         known = " or ".join(str(d) for d in DTYPES[wanted])
         reason = f"a tensor is {unknown[0]}, not {known}"
-    reason = reason or limit(wanted) or unavailable(wanted, device.index)
+    elif in_functorch():
+        reason = "vmap, func.grad and their like have no rule for it"
+    reason = reason or limit(wanted) or unavailable(wanted, device.index, op)
     if reason is None:
         return wanted
     if name == "auto":
@@ -58,24 +62,48 @@ def choose_backend(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def unavailable(backend: str, device: int | None) -> str | None:
-    """Why a backend's kernels cannot run on this machine; None where they can."""
-    return _unavailable(backend, device)
+def unavailable(backend: str, device: int | None, op: str | None = None) -> str | None:
+    """Why a backend's kernels of an op cannot run on this machine; None where they can.
+
+    op: None asks for those of all ops.
+    """
+    return _unavailable(backend, device, op)
 
 
 @cache
-def _unavailable(backend: str, device: int | None) -> str | None:
-    if backend == "cuda":
+def _unavailable(backend: str, device: int | None, op: str | None) -> str | None:
+    if backend == "cuda":  # one source has the kernels of all ops
         capability = torch.cuda.get_device_capability(device)
         if capability < LEAST_CAPABILITY:
             return f"its compute capability is {capability}, below {LEAST_CAPABILITY}"
         return cuda_compiler.unavailable()
+    # the ops' files import this one
+    from groundwork.kernels import depthwise_norm_gelu_cpu, residual_norm_cpu
+
+    libraries: dict[str, Callable[[], object]] = {
+        "depthwise_norm_gelu": depthwise_norm_gelu_cpu.library,
+        "residual_norm": residual_norm_cpu.library,
+    }
+    if op is None:
+        return next(filter(None, (_unavailable(backend, device, each) for each in libraries)), None)
     try:
-        load_host_library("depthwise_norm_gelu_cpu.cpp")
+        libraries[op]()
     except HostCompileError as error:
-        warnings.warn(f"InternImage's layers run unfused on the CPU: {error}", stacklevel=2)
+        warnings.warn(f"{op}: the layers run unfused on the CPU: {error}", stacklevel=2)
         return str(error)
     return None
+
+
+def in_functorch() -> bool:
+    """Whether vmap, func.grad or another transform of functorch is at work."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def refuse_second_derivative(op: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{op}: the op has first derivatives only, and a second one was asked for "
+        f"(create_graph=True); call {op}_reference there, it has all orders"
+    )
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
@@ -106,24 +134,49 @@ def convolved_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def check_parameters(op: str, x: Tensor, shapes: Mapping[str, tuple[Tensor | None, int]]) -> None:
-    """Each parameter is given with its length; None is not checked."""
+def layer_norm(y: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """`F.layer_norm` over the channels, of parameters in any dtype: as the kernels take them."""
+    shape = (y.shape[-1],)
+    if y.dtype == scale.dtype == shift.dtype:
+        return F.layer_norm(y, shape, scale, shift, eps)
+    dtype = torch.promote_types(y.dtype, torch.promote_types(scale.dtype, shift.dtype))
+    normed = F.layer_norm(y.to(dtype), shape, scale.to(dtype), shift.to(dtype), eps)
+    return normed.to(normed_dtype(y))
+
+
+def check_parameters(op: str, x: Tensor, shapes: Mapping[str, tuple[Tensor, int]]) -> None:
+    """Each parameter is given with its length."""
     for name, (tensor, length) in shapes.items():
-        if tensor is None:
-            continue
+        check_tensor(op, name, tensor, x)
         if tensor.shape != (length,):
             raise ValueError(
                 f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({length},) "
                 f"for x of shape {tuple(x.shape)}"
             )
-        check_tensor(op, name, tensor, x)
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """A floating-point tensor where x is. x itself comes first."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} is {_called(tensor)}, expected a torch.Tensor")
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{op}: {name} is {tensor.dtype}, expected a floating-point dtype")
     if tensor.device != x.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device}, where x is")
+
+
+def check_eps(op: str, eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"{op}: eps is {_called(eps)}, expected a number such as 1e-6")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps is {eps}, expected a number from 0 on, such as 1e-6")
+
+
+def _called(value: object) -> str:
+    kind = type(value)
+    if kind.__module__ == "numpy":
+        return f"a numpy.{kind.__name__} (torch.as_tensor makes it a tensor)"
+    return "None" if value is None else f"a {kind.__name__}"
 
 
 def wide(parameter: Tensor | None) -> Tensor | None:
@@ -139,7 +192,12 @@ def host_library(
 ) -> ctypes.CDLL:
     """The compiled kernels of a file in `csrc/`, whose problem has the size of `problem`."""
     library = load_host_library(source, instructions)
-    function = library[size_function]
+    try:
+        function = library[size_function]
+    except AttributeError as error:
+        raise HostCompileError(
+            f"{library._name} has no {size_function}; delete it, and it is compiled again"
+        ) from error
     function.restype = ctypes.c_int64
     if (size := function()) != ctypes.sizeof(problem):
         raise HostCompileError(

@@ -10,19 +10,21 @@ the op reads each input once, and keeps y.
 `residual_norm_reference` is the definition of correct.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from groundwork.kernels import residual_norm_cpu, residual_norm_cuda
 from groundwork.kernels.fused_layers import (
+    check_eps,
     check_parameters,
     check_tensor,
     choose_backend,
     is_eager,
+    layer_norm,
     normed_dtype,
+    refuse_second_derivative,
 )
 
 OP = "residual_norm"
@@ -43,9 +45,11 @@ def residual_norm(
     """x, y: (B, ..., C); scale, shift, gamma: (C,); keep: (B,) -> x + keep · gamma · LN(y).
 
     The output has the dtype that the layers would give it, also under autocast; sums are in
-    float32. Differentiable once, but not for `keep`; the reference is, in every order.
+    float32. Any dimension but the channels may be 0. Differentiable once, but not for `keep`; the
+    reference is, in every order.
     """
     _check(x, y, {"scale": scale, "shift": shift, "gamma": gamma}, keep)
+    check_eps(OP, eps)
     dtype = torch.promote_types(torch.promote_types(x.dtype, normed_dtype(y)), gamma.dtype)
     channels = x.shape[-1]
     chosen = choose_backend(
@@ -70,7 +74,7 @@ def residual_norm_reference(
     eps: float = 1e-6,
 ) -> Tensor:
     """The same by the operations of PyTorch."""
-    branch = F.layer_norm(y, (y.shape[-1],), scale, shift, eps) * gamma
+    branch = layer_norm(y, scale, shift, eps) * gamma
     return x + (branch if keep is None else branch * _per_sample(keep, branch))
 
 
@@ -92,12 +96,25 @@ class _ResidualNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         y, scale, shift, gamma, keep = ctx.saved_tensors
         dtype, eps, backend = ctx.arguments
-        grad_y, grads = MODULES[backend].backward(grad, y, scale, shift, gamma, keep, eps)
+        grad_y, grads = _ResidualNormBackward.apply(
+            grad, y, scale, shift, gamma, keep, eps, backend
+        )
         return _gradients(grad.to(dtype), grad_y, grads, scale, shift, gamma)
+
+
+class _ResidualNormBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *arguments, backend = inputs
+        grad_y, grads = MODULES[backend].backward(*arguments)
+        return grad_y, grads
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        _refuse(ctx, *gradients)
 
 
 @torch.library.custom_op("groundwork::residual_norm", mutates_args=())
@@ -173,16 +190,24 @@ def _gradients(
     )
 
 
+def _refuse(ctx: Any, *gradients: Tensor) -> NoReturn:
+    refuse_second_derivative(OP)
+
+
 _residual_norm_op.register_autograd(_backward, setup_context=_save)
+_residual_norm_backward_op.register_autograd(_refuse)
 
 
-def _check(x: Tensor, y: Tensor, parameters: dict[str, Tensor | None], keep: Tensor | None) -> None:
-    if x.dim() < 2:
-        raise ValueError(f"{OP}: x has shape {tuple(x.shape)}, expected (B, ..., C)")
-    if y.shape != x.shape:
-        raise ValueError(f"{OP}: y has shape {tuple(y.shape)}, expected {tuple(x.shape)} as x has")
+def _check(x: Tensor, y: Tensor, parameters: dict[str, Tensor], keep: Tensor | None) -> None:
     check_tensor(OP, "x", x, x)
     check_tensor(OP, "y", y, x)
+    if x.dim() < 2 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{OP}: x has shape {tuple(x.shape)}, expected (B, ..., C) with at least one channel"
+        )
+    if y.shape != x.shape:
+        raise ValueError(f"{OP}: y has shape {tuple(y.shape)}, expected {tuple(x.shape)} as x has")
     channels = x.shape[-1]
     check_parameters(OP, x, {name: (tensor, channels) for name, tensor in parameters.items()})
-    check_parameters(OP, x, {"keep": (keep, x.shape[0])})
+    if keep is not None:
+        check_parameters(OP, x, {"keep": (keep, x.shape[0])})

@@ -154,7 +154,7 @@ GW_INLINE void backward_rows(const Problem& q, const Channels& c, const Paramete
 
 // Rows at a time: at least four, and up to 8 KiB of a tensor.
 GW_INLINE int64_t block_rows(const Channels& c) {
-  const int64_t rows = 2048 / c.count;
+  const int64_t rows = 2048 / (c.count ? c.count : 1);
   return rows < 4 ? 4 : rows < LANES ? rows : LANES;
 }
 

@@ -1,10 +1,13 @@
 """depthwise_norm_gelu and residual_norm against plain PyTorch in float64, on the CPU."""
 
+import inspect
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from groundwork.kernels import (
     depthwise_norm_gelu_cpu,
+    doctor,
     fused_layers,
     host_compiler,
     residual_norm_cpu,
@@ -58,12 +63,18 @@ def draw_residual(
     return tensors, keep.clamp_min(0)  # some samples are dropped
 
 
-def results(op: Callable[..., Tensor], tensors: list[Tensor], **arguments: Any) -> list[Tensor]:
-    """The output, and the gradients of all tensors."""
+def results(
+    op: Callable[..., Tensor],
+    tensors: list[Tensor],
+    grad: Tensor | None = None,
+    **arguments: Any,
+) -> list[Tensor]:
+    """The output, and the gradients of all tensors; grad: of the output."""
     inputs = [t.detach().requires_grad_() for t in tensors]
     output = op(*inputs, **arguments)
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
-    return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
+    if grad is None:
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    return [output.detach(), *torch.autograd.grad(output, inputs, grad.to(output.dtype))]
 
 
 def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
@@ -277,9 +288,7 @@ def test_without_a_compiler_the_plain_layers_run_and_one_line_says_so(
     monkeypatch.setenv("GROUNDWORK_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    caches = (host_compiler.load_host_library, fused_layers._unavailable)
-    for cache in caches:
-        cache.cache_clear()
+    forget_libraries()
     try:
         tensors = draw_convolution(1, (5, 4), 6, 3, 0)
         with pytest.warns(UserWarning, match=r"run unfused on the CPU.*no C\+\+ compiler"):
@@ -288,8 +297,172 @@ def test_without_a_compiler_the_plain_layers_run_and_one_line_says_so(
         with pytest.raises(ValueError, match=r"backend 'cpu' cannot run: no C\+\+ compiler"):
             depthwise_norm_gelu(*tensors, backend="cpu")
     finally:
-        for cache in caches:
-            cache.cache_clear()
+        forget_libraries()
+
+
+def forget_libraries() -> None:
+    for cached in (
+        host_compiler.load_host_library,
+        fused_layers.host_library,
+        fused_layers._unavailable,
+    ):
+        cached.cache_clear()
+
+
+@needs_kernels
+@pytest.mark.parametrize("broken", [depthwise_norm_gelu_cpu, residual_norm_cpu])
+def test_a_broken_library_of_one_op_leaves_the_other_fused(
+    broken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = host_compiler.build_host_library
+
+    def fail_for_one(source: str, instructions: str | None = None) -> host_compiler.HostLibrary:
+        if source == broken.SOURCE:
+            raise host_compiler.HostCompileError("the compiler stumbles")
+        return build(source, instructions)
+
+    for user in (host_compiler, doctor):
+        monkeypatch.setattr(user, "build_host_library", fail_for_one)
+    modules = {"depthwise_norm_gelu": depthwise_norm_gelu_cpu, "residual_norm": residual_norm_cpu}
+    forget_libraries()
+    cases = {
+        "depthwise_norm_gelu": (depthwise_norm_gelu, draw_convolution(1, (5, 4), 6, 3, 0)),
+        "residual_norm": (residual_norm, draw_residual(1, (5, 4), 6, 0)[0]),
+    }
+    try:
+        for name, (op, tensors) in cases.items():
+            if modules[name] is broken:
+                with pytest.warns(UserWarning, match=f"{name}: the layers run unfused on the CPU"):
+                    op(*tensors)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # one warning is enough
+                op(*tensors)
+            if modules[name] is broken:
+                with pytest.raises(
+                    ValueError, match=f"{name}: backend 'cpu' cannot run: the compiler"
+                ):
+                    op(*tensors, backend="cpu")
+            else:
+                op(*tensors, backend="cpu")
+        shown = {status.op: status.backend for status in doctor.kernel_statuses()}
+        assert {name: shown[name] for name in modules} == {
+            name: "reference" if module is broken else "cpu" for name, module in modules.items()
+        }
+    finally:
+        forget_libraries()
+
+
+# ---- what a kernel cannot do ----
+
+
+CASES = (
+    (depthwise_norm_gelu, draw_convolution(1, (5, 4), 6, 3, 0)),
+    (residual_norm, draw_residual(1, (5, 4), 6, 0)[0]),
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("op", "tensors"), CASES)
+@pytest.mark.parametrize("of_gradient", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_second_derivative_is_refused(
+    op: Callable[..., Tensor], tensors: list[Tensor], of_gradient: bool, traced: bool
+) -> None:
+    class Nothing(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    inputs = [t.detach().requires_grad_() for t in tensors]
+    with Nothing() if traced else nullcontext():  # by the registered op
+        output = op(*inputs, backend="cpu")
+    grad = torch.ones_like(output).requires_grad_(of_gradient)
+    gradients = torch.autograd.grad(output, inputs, grad, create_graph=True)
+    assert all(g.requires_grad for g in gradients[-3:])
+    sought = [grad] if of_gradient else inputs[-3:]
+    message = f"{op.__name__}: the op has first derivatives only.*call {op.__name__}_reference"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.autograd.grad(gradients[-1].sum(), sought)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("op", "tensors"), CASES)
+def test_under_vmap_the_plain_layers_run(op: Callable[..., Tensor], tensors: list[Tensor]) -> None:
+    x, *rest = tensors
+    two = torch.stack((x, 2 * x))
+    actual = torch.func.vmap(lambda t: op(t, *rest))(two)
+    torch.testing.assert_close(actual[1], op(two[1], *rest), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.func.grad(lambda t: op(t, *rest).sum())(x),
+        results(lambda t: op(t, *rest), [x], grad=torch.ones_like(x))[1],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    message = f"{op.__name__}: backend 'cpu' cannot run: vmap.*use backend='auto'"
+    with pytest.raises(ValueError, match=message):
+        torch.func.vmap(lambda t: op(t, *rest, backend="cpu"))(two)
+
+
+@pytest.mark.parametrize(("op", "tensors"), CASES)
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("of_images", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_parameters", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_parameters_may_have_another_dtype(
+    op: Callable[..., Tensor],
+    tensors: list[Tensor],
+    backend: str,
+    of_images: torch.dtype,
+    of_parameters: torch.dtype,
+    autocast: bool,
+) -> None:
+    if backend == "cpu" and torch.float16 in (of_images, of_parameters):
+        pytest.skip("the CPU's kernels store no float16")
+    if backend == "cpu" and fused_layers.unavailable("cpu", None):
+        pytest.skip("no kernels")
+    low = [t.to(of_images if t.dim() == 4 and t.shape[1] != 1 else of_parameters) for t in tensors]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        actual = results(op, low, backend=backend)
+    output = of_images
+    if op is residual_norm:
+        output = torch.promote_types(of_images, of_parameters)
+    elif autocast:
+        output = torch.bfloat16
+    assert [t.dtype for t in actual] == [output, *(t.dtype for t in low)]
+    assert_near(actual, results(op, doubles(low), backend="reference"), 6e-2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(0, 4, 3, 6), (2, 0, 3, 6), (2, 4, 0, 6), (0, 0, 0, 6)])
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_a_residual_of_nothing_is_nothing(shape: tuple[int, ...], backend: str) -> None:
+    keep = torch.ones(shape[0])
+    tensors = draw(0, shape, shape, (6,), (6,), (6,))
+    output, *gradients = results(residual_norm, tensors, keep=keep, backend=backend)
+    assert output.shape == shape
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_what_has_no_channels_or_pixels_is_refused(backend: str) -> None:
+    for shape in ((2, 0, 3, 6), (2, 4, 0, 6), (2, 4, 3, 0), (0, 4, 3, 0)):
+        tensors = draw(0, shape, (shape[3], 1, 3, 3), *[(shape[3],)] * 3)
+        with pytest.raises(ValueError, match=r"depthwise_norm_gelu: x has shape .* at least one"):
+            depthwise_norm_gelu(*tensors, backend=backend)
+    for shape in ((2048, 0), (2, 4, 3, 0)):
+        tensors = draw(0, shape, shape, *[(0,)] * 3)
+        with pytest.raises(ValueError, match=r"residual_norm: x has shape .* at least one channel"):
+            residual_norm(*tensors, backend=backend)
+
+
+@needs_kernels
+def test_no_batches_of_images_are_nothing_on_every_backend() -> None:
+    tensors = draw_convolution(0, (4, 3), 6, 3, 0)
+    for backend in ("auto", "cpu", "reference"):
+        output, *gradients = results(depthwise_norm_gelu, tensors, backend=backend)
+        assert output.shape == (0, 4, 3, 6)
+        assert not any(g.any() for g in gradients)
 
 
 # ---- mistakes ----
@@ -329,6 +502,35 @@ def test_a_wrong_tensor_of_a_residual_is_named() -> None:
         residual_norm(x, y, *vectors, backend="cuda")
     with pytest.raises(ValueError, match=r"'cpu' cannot run: a tensor is torch.float16, not"):
         residual_norm(x.half(), y.half(), *(v.half() for v in vectors), backend="cpu")
+
+
+@pytest.mark.parametrize(("op", "tensors"), CASES)
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_what_is_no_tensor_is_named(
+    op: Callable[..., Tensor], tensors: list[Tensor], backend: str
+) -> None:
+    names = list(inspect.signature(op).parameters)
+    for index, name in enumerate(names[:5]):
+        for value, called in (
+            (None, "None"),
+            (tensors[index].numpy(), r"a numpy\.ndarray \(torch\.as_tensor makes it a tensor\)"),
+            (1.0, "a float"),
+        ):
+            changed: list[Any] = [*tensors[:index], value, *tensors[index + 1 :]]
+            message = f"{op.__name__}: {name} is {called}, expected a torch.Tensor"
+            with pytest.raises(TypeError, match=message):
+                op(*changed, backend=backend)
+
+
+@pytest.mark.parametrize(("op", "tensors"), CASES)
+def test_eps_is_a_number_from_zero_on(op: Callable[..., Tensor], tensors: list[Tensor]) -> None:
+    for eps, called in (("1e-6", "a str"), (None, "None"), (torch.ones(1), "a Tensor")):
+        with pytest.raises(TypeError, match=f"{op.__name__}: eps is {called}, expected a number"):
+            op(*tensors, eps=eps)
+    for eps in (-1e-6, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"{op.__name__}: eps is {eps}, expected a number"):
+            op(*tensors, eps=eps)
+    op(*tensors, eps=1)
 
 
 @pytest.mark.parametrize("module", [depthwise_norm_gelu_cpu, residual_norm_cpu])
