@@ -18,7 +18,7 @@ from groundwork.data.sample_reader import read_rows
 from groundwork.data.samples import Concept, Sample, SampleError, sample_from_fields
 from groundwork.data.shard_index import ShardError
 from groundwork.data.shard_patterns import expand_braces
-from groundwork.data.shard_table import ShardEntry, ShardTable, load_header
+from groundwork.data.shard_table import ShardEntry, ShardTable, load_headers
 from groundwork.data.shards import (
     CONCEPTS,
     MANIFEST,
@@ -218,7 +218,7 @@ def _open_remote_tars(url: str, cache: CacheConfig | None) -> Dataset:
 
 
 def _open_tars(storage: Storage, files: Sequence[str], where: str) -> Dataset:
-    headers = [load_header(storage, file) for file in files]
+    headers = load_headers(storage, files)
     entries = [
         ShardEntry(file, header.samples) for file, header in zip(files, headers, strict=True)
     ]

@@ -4,7 +4,9 @@ import io
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 #: Indices a process keeps. Those of local files are maps, whose pages all processes share; of
 #: remote ones, one of 10,000 samples takes about a megabyte.
 KEPT_INDICES: Final = 4096
+#: Side-cars of remote tars that are asked for together.
+HEADERS_AT_ONCE: Final = 16
 
 #: (rows, fields, addresses of `offsets`, `sizes`, `checksums`, `key_ends` and `keys`, bytes of the
 #: keys) of a ShardIndex.
@@ -160,6 +164,14 @@ def load_index(storage: Storage, file: str, crc32c: int | None = None) -> ShardI
     except OutdatedIndexError as error:
         log.info("%s", error)
     return _make_index(storage, file, crc32c)
+
+
+def load_headers(storage: Storage, files: Sequence[str]) -> list[IndexHeader]:
+    """`load_header` of many tars, several at a time where each costs a round trip."""
+    if isinstance(storage, LocalStorage):
+        return [load_header(storage, file) for file in files]
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        return list(pool.map(partial(load_header, storage), files))
 
 
 def load_header(storage: Storage, file: str) -> IndexHeader:
