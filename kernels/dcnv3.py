@@ -28,7 +28,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from groundwork.kernels import dcnv3_cpu, dcnv3_cuda, dcnv3_reference
-from groundwork.kernels.dcnv3_geometry import Geometry, Size2d, check_tensors, make_geometry
+from groundwork.kernels.dcnv3_geometry import (
+    Geometry,
+    Size2d,
+    check_tensors,
+    make_geometry,
+    statement,
+)
 
 
 class Backend(NamedTuple):
@@ -86,11 +92,23 @@ def dcnv3(
     geometry = make_geometry(
         kernel_size, stride, padding, dilation, groups, offset_scale, remove_center
     )
+    softmax = statement("dcnv3", "softmax", softmax)
     check_tensors(value, offset, mask, geometry)
-    if backend != "auto" and backend not in BACKENDS:
+    check_backend("dcnv3", backend)
+    return sample_and_sum(value, offset, mask, geometry, softmax, backend)
+
+
+def check_backend(op: str, backend: str) -> None:
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
         raise ValueError(
-            f"dcnv3: backend {backend!r} is unknown; choose one of {', '.join(('auto', *BACKENDS))}"
+            f"{op}: backend {backend!r} is unknown; choose one of {', '.join(('auto', *BACKENDS))}"
         )
+
+
+def sample_and_sum(
+    value: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry, softmax: bool, backend: str
+) -> Tensor:
+    """`dcnv3` of arguments that have been checked."""
     if _is_eager(value, offset, mask):
         return _Dcnv3.apply(value, offset, mask, geometry, softmax, backend)
     return _dcnv3_op(
@@ -101,9 +119,9 @@ def dcnv3(
         list(geometry.stride_hw),
         list(geometry.padding_hw),
         list(geometry.dilation_hw),
-        groups,
+        geometry.groups,
         geometry.offset_scale,
-        remove_center,
+        geometry.remove_center,
         softmax,
         backend,
     )

@@ -73,6 +73,8 @@ def forward(
     value, offset, mask = value.contiguous(), offset.contiguous(), mask.contiguous()
     n, ho, wo, _ = offset.shape
     output = value.new_empty(n, ho, wo, value.shape[-1])
+    if output.numel() == 0:
+        return output
     problem = _problem(value, offset, mask, geometry, softmax)
     run = library(instructions).dcnv3_forward
     _check(run(ctypes.byref(problem), *_pointers(value, offset, mask, output)))
@@ -90,6 +92,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_output = grad_output.to(value.dtype).contiguous()
     value, offset, mask = value.contiguous(), offset.contiguous(), mask.contiguous()
+    if grad_output.numel() == 0:
+        return torch.zeros_like(value), torch.zeros_like(offset), torch.zeros_like(mask)
     grads = torch.empty_like(value), torch.empty_like(offset), torch.empty_like(mask)
     problem = _problem(value, offset, mask, geometry, softmax)
     run = library(instructions).dcnv3_backward

@@ -6,7 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from groundwork.kernels.dcnv3_geometry import Geometry, Size2d, check_tensors, make_geometry
+from groundwork.kernels.dcnv3_geometry import (
+    Geometry,
+    Size2d,
+    check_tensors,
+    make_geometry,
+    statement,
+)
 
 
 def dcnv3_reference(
@@ -27,6 +33,7 @@ def dcnv3_reference(
     geometry = make_geometry(
         kernel_size, stride, padding, dilation, groups, offset_scale, remove_center
     )
+    softmax = statement("dcnv3_reference", "softmax", softmax)
     check_tensors(value, offset, mask, geometry)
     return reference_forward(value, offset, mask, geometry, softmax)
 
@@ -39,7 +46,9 @@ def reference_forward(
     rows = _image_rows(value, geometry, dtype)  # (N·H·W·G + 1, D)
     origin, outside = _row_origin(value, offset, geometry), rows.shape[0] - 1  # (M,), M = N·Ho·Wo·G
     weights = _point_weights(mask, geometry, dtype, softmax)  # (P, M)
-    x, y = _coordinates(offset, (height, width), geometry, dtype)  # (P, M) each
+    x, y, counts = _coordinates(offset, (height, width), geometry, dtype)  # (P, M) each
+    # Chosen, not multiplied by zero: outside even a weight that is no number contributes nothing.
+    weights = weights.where(counts, 0)
     output = rows.new_zeros(weights.shape[1], rows.shape[1])
     for p in range(geometry.num_points):
         for corner in _corners(x[p], y[p], origin, outside, (height, width), geometry):
@@ -64,19 +73,20 @@ def reference_backward(
     rows = _image_rows(value, geometry, dtype)  # (N·H·W·G + 1, D)
     origin, outside = _row_origin(value, offset, geometry), rows.shape[0] - 1  # (M,), M = N·Ho·Wo·G
     weights = _point_weights(mask, geometry, dtype, softmax)  # (P, M)
-    x, y = _coordinates(offset, (height, width), geometry, dtype)  # (P, M) each
+    x, y, counts = _coordinates(offset, (height, width), geometry, dtype)  # (P, M) each
+    used = weights.where(counts, 0)
     grad = grad_output.to(dtype).reshape(weights.shape[1], rows.shape[1])  # (M, D)
     grad_rows = torch.zeros_like(rows)
     grad_weights, grad_x, grad_y = (torch.zeros_like(weights) for _ in range(3))
     for p in range(geometry.num_points):
         for corner in _corners(x[p], y[p], origin, outside, (height, width), geometry):
-            product = (grad * rows.index_select(0, corner.row)).sum(-1)  # (M,)
+            product = (grad * rows.index_select(0, corner.row)).sum(-1).where(counts[p], 0)  # (M,)
             grad_weights[p] += corner.weight * product
             grad_x[p] += corner.slope_x * product
             grad_y[p] += corner.slope_y * product
-            weight = (weights[p] * corner.weight).unsqueeze(-1)
+            weight = (used[p] * corner.weight).unsqueeze(-1)
             grad_rows.index_add_(0, corner.row, grad * weight)
-    grad_xy = torch.stack((grad_x, grad_y), -1) * weights.unsqueeze(-1) * geometry.offset_scale
+    grad_xy = torch.stack((grad_x, grad_y), -1) * used.unsqueeze(-1) * geometry.offset_scale
     if softmax:
         grad_weights = weights * (grad_weights - (weights * grad_weights).sum(0, keepdim=True))
     return (
@@ -148,10 +158,12 @@ def _point_weights(mask: Tensor, geometry: Geometry, dtype: torch.dtype, softmax
 
 def _coordinates(
     offset: Tensor, image_hw: tuple[int, int], geometry: Geometry, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """offset: (N, Ho, Wo, G·P·2) -> X and Y in pixels of the image, each (P, N·Ho·Wo·G).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """offset: (N, Ho, Wo, G·P·2) -> X and Y in pixels of the image, and whether a sample counts,
+    each (P, N·Ho·Wo·G).
 
-    A sample with no corner in the image, or at no number, is moved to (-2, -2), which has none.
+    A sample with no corner in the image, or at no number, is moved to (-2, -2), which has none, and
+    does not count.
     """
     n, ho, wo, _ = offset.shape
     (sh, sw), (ph, pw), (ch, cw) = geometry.stride_hw, geometry.padding_hw, geometry.center_hw
@@ -168,6 +180,7 @@ def _coordinates(
     return (
         x.where(counts, -2).reshape(-1, points).transpose(0, 1),
         y.where(counts, -2).reshape(-1, points).transpose(0, 1),
+        counts.reshape(-1, points).transpose(0, 1),
     )
 
 

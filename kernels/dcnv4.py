@@ -5,10 +5,17 @@ innermost, then P weights; group g starts at g·3·P. The official layer pads th
 of 8 channels, and the padding is not read.
 """
 
-from torch import Tensor
+from torch import Tensor, compiler
 
-from groundwork.kernels.dcnv3 import dcnv3
-from groundwork.kernels.dcnv3_geometry import Size2d, make_geometry
+from groundwork.kernels.dcnv3 import BACKENDS, check_backend, sample_and_sum
+from groundwork.kernels.dcnv3_geometry import (
+    Size2d,
+    check_tensor,
+    check_value,
+    layout_hint,
+    make_geometry,
+    statement,
+)
 
 
 def packed_channels(groups: int, points: int) -> int:
@@ -35,29 +42,31 @@ def dcnv4(
     value: (N, H, W, C); offset_mask: (N, Ho, Wo, at least 3·groups·P) -> (N, Ho, Wo, C).
     """
     geometry = make_geometry(
-        kernel_size, stride, padding, dilation, groups, offset_scale, remove_center
+        kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, op="dcnv4"
     )
-    points = geometry.num_points
+    softmax = statement("dcnv4", "softmax", softmax)
+    check_backend("dcnv4", backend)
+    for name, tensor in (("value", value), ("offset_mask", offset_mask)):
+        check_tensor("dcnv4", name, tensor, value, "value")
+    ho, wo = check_value("dcnv4", value, geometry, offset_mask)
+    groups, points = geometry.groups, geometry.num_points
     used = 3 * groups * points
-    if offset_mask.dim() != 4 or offset_mask.shape[-1] < used:
+    expected = (value.shape[0], ho, wo)
+    if tuple(offset_mask.shape[:-1]) != expected or offset_mask.shape[-1] < used:
         raise ValueError(
-            f"dcnv4: offset_mask has shape {tuple(offset_mask.shape)}; expected (N, Ho, Wo, K), "
+            f"dcnv4: offset_mask has shape {tuple(offset_mask.shape)}; expected (N, Ho, Wo, K) = "
+            f"({value.shape[0]}, {ho}, {wo}, K), "
             f"K at least {used} = 3·groups·P ({packed_channels(groups, points)} in the official "
-            f"layer), as groups is {groups} and P is {points}"
+            f"layer), as groups is {groups} and P is {points}, for value {tuple(value.shape)} and "
+            f"{geometry}{layout_hint(value, offset_mask, geometry)}"
         )
     packed = offset_mask[..., :used].unflatten(-1, (groups, 3 * points))
-    offset, mask = packed.split((2 * points, points), dim=-1)
-    return dcnv3(
-        value,
-        offset.flatten(3),
-        mask.flatten(3),
-        kernel_size=kernel_size,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        offset_scale=offset_scale,
-        remove_center=remove_center,
-        softmax=softmax,
-        backend=backend,
-    )
+    parts = packed.split((2 * points, points), dim=-1)
+    offset, mask = (part.flatten(3) for part in parts)
+    if backend != "auto" and not compiler.is_compiling():
+        # Here, as the caller knows of no offset.
+        reason = BACKENDS[backend].unsupported(value, offset, mask)
+        if reason is not None:
+            reason = reason.replace("offset is", "offset_mask is")
+            raise ValueError(f"dcnv4: backend {backend!r} cannot run: {reason}; use backend='auto'")
+    return sample_and_sum(value, offset, mask, geometry, softmax, backend)

@@ -2,15 +2,23 @@
 
 A library is built for one instruction set, chosen by what the CPU can do, and kept in the cache
 folder under the hash of its sources and flags. Ranks that ask at once wait for one compilation.
+Beside it lies a note of its size and checksum: a library that is not what was built (cut off by a
+full disk, or overwritten) would end the process when it is loaded, and is built again instead.
+
+Whatever goes wrong is a HostCompileError, on which every op runs its reference.
 """
 
 import ctypes
+import errno
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -19,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -46,16 +54,17 @@ class HostCompileError(RuntimeError):
 
 @dataclass(frozen=True)
 class HostLibrary:
-    """path: the compiled file. seconds: its compilation took, 0.0 if it was there already.
+    """path: the compiled file. seconds: its compilation took, with `compiler`, whenever it was.
 
-    compiler: that built it in this process, or None. openmp: the runtime it was linked with.
+    built_now: by this call. openmp: the runtime it was linked with.
     """
 
     path: Path
     instruction_set: str
     seconds: float
-    compiler: str | None
+    compiler: str
     openmp: str | None
+    built_now: bool
 
 
 def cache_folder() -> Path:
@@ -65,15 +74,17 @@ def cache_folder() -> Path:
     """
     given = os.environ.get("GROUNDWORK_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(given).expanduser() if given else Path(base).expanduser() / "groundwork"
+    folder = Path(given) if given else Path(base) / "groundwork"
     folder = folder / "kernels"
     try:
+        folder = folder.expanduser()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: a user without a home
+        reason = getattr(error, "strerror", None) or error
         raise HostCompileError(
-            f"the cache folder {folder} cannot be made ({error.strerror}); set GROUNDWORK_CACHE to "
-            "a folder you may write to"
+            f"the cache folder {folder} cannot be made ({reason}); set GROUNDWORK_CACHE to a "
+            "folder you may write to"
         ) from error
     if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:
         raise HostCompileError(
@@ -90,12 +101,42 @@ def instruction_set() -> str:
 
 
 def find_compiler() -> str | None:
-    """`$CXX`, else the first of the usual C++ compilers in PATH."""
-    chosen = os.environ.get("CXX")
-    for name in (chosen,) if chosen else COMPILERS:
-        if found := shutil.which(name):
-            return found
-    return None
+    """The program that is tried first: that of `$CXX`, else the first usual compiler in PATH."""
+    try:
+        return compiler_commands()[0][0]
+    except HostCompileError:
+        return None
+
+
+def compiler_commands() -> list[list[str]]:
+    """What to try as a compiler, in order: `$CXX` alone, which may be a command with arguments
+    ("ccache g++"), or else all usual compilers in PATH. Raises HostCompileError if there is none.
+    """
+    chosen = (os.environ.get("CXX") or "").strip()
+    if not chosen:
+        found = [program for name in COMPILERS if (program := shutil.which(name))]
+        if not found:
+            raise HostCompileError(
+                f"no C++ compiler ({', '.join(COMPILERS)}) in PATH; install one "
+                "(`apt-get install g++`), or set CXX"
+            )
+        return [[program] for program in found]
+    if program := shutil.which(chosen):  # a path with spaces in it
+        return [[program]]
+    try:
+        name, *arguments = shlex.split(chosen)
+    except ValueError as error:
+        raise HostCompileError(
+            f"no C++ compiler: CXX is {chosen!r}, which is no command ({error}); correct "
+            "or unset it"
+        ) from error
+    program = shutil.which(name)
+    if program is None:
+        raise HostCompileError(
+            f"no C++ compiler: CXX is {chosen!r}, and there is no program {name!r} in PATH; "
+            "correct or unset it"
+        )
+    return [[program, *arguments]]
 
 
 @cache
@@ -106,63 +147,141 @@ def load_host_library(source: str, instructions: str | None = None) -> ctypes.CD
         return ctypes.CDLL(str(library.path))
     except OSError as error:
         raise HostCompileError(
-            f"{library.path} does not load ({error}); delete it, and it is compiled again"
+            f"{library.path}, built by {library.compiler}, does not load ({error}); set CXX to "
+            "another compiler, delete the file, and it is compiled again"
         ) from error
 
 
 def build_host_library(source: str, instructions: str | None = None) -> HostLibrary:
     """Compile a file in `csrc/` into the cache, unless it is there. Raises HostCompileError."""
-    instructions = instructions or instruction_set()
+    try:
+        return _build(source, instructions or instruction_set())
+    except OSError as error:
+        raise HostCompileError(
+            f"{source} cannot be compiled into the cache ({error}); set GROUNDWORK_CACHE to a "
+            "folder that you may write to, on a file system with space left"
+        ) from error
+
+
+def _build(source: str, instructions: str) -> HostLibrary:
     flags = (*COMMON_FLAGS, *INSTRUCTION_SETS[instructions])
     openmp = _openmp_of_torch()
-    parts = [*flags, platform.machine(), str(openmp and openmp.name)]
+    name = openmp.name if openmp else None
+    parts = [*flags, platform.machine(), str(name)]
     key = _digest(SOURCES / source, parts)
     path = cache_folder() / f"{Path(source).stem}-{instructions.lower()}-{key}.so"
-    name = openmp.name if openmp else None
-    if path.exists():
-        return HostLibrary(path, instructions, 0.0, None, name)
-    with _alone(path.with_suffix(".lock")):
-        if path.exists():  # another rank has been faster
-            return HostLibrary(path, instructions, 0.0, None, name)
-        compiler = find_compiler()
-        if compiler is None:
-            raise HostCompileError(
-                f"no C++ compiler ({', '.join(COMPILERS)}) in PATH to build {source} with; install "
-                "one (`apt-get install g++`), or set CXX"
-            )
-        began = time.monotonic()
-        _compile(compiler, SOURCES / source, path, flags, openmp)
-        return HostLibrary(path, instructions, time.monotonic() - began, compiler, name)
+    note = _verified(path)
+    if note is None:
+        with _alone(path.with_suffix(".lock")):
+            note = _verified(path)  # another rank may have been faster
+            if note is None:
+                note = _compile(SOURCES / source, path, flags, openmp)
+                return HostLibrary(path, instructions, *note, name, built_now=True)
+    return HostLibrary(path, instructions, *note, name, built_now=False)
+
+
+def _verified(path: Path) -> tuple[float, str] | None:
+    """Seconds and compiler of a library whose bytes are those that were built; else None."""
+    try:
+        note: Any = json.loads(path.with_suffix(".json").read_text("utf-8"))
+        content = path.read_bytes()
+        if note["bytes"] == len(content) and note["sha256"] == hashlib.sha256(content).hexdigest():
+            return float(note["seconds"]), str(note["compiler"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass
+    return None
 
 
 def _compile(
-    compiler: str, source: Path, path: Path, flags: tuple[str, ...], openmp: Path | None
-) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = Path(folder, "code.o"), Path(folder, "code.so")
-        run = [compiler, *flags, "-c", str(source), "-o", str(compiled)]
-        # A compiler without OpenMP (Apple's) still makes a library, for one thread.
-        threads = openmp is not None or _run([*run, "-fopenmp"]) is None
-        failure = _run([*run, "-fopenmp"] if openmp else run) if openmp or not threads else None
-        if failure is None:
-            # The runtime that torch has loaded: one process, one pool of threads.
-            runtime = [str(openmp)] if openmp else ["-fopenmp"] if threads else []
-            failure = _run([compiler, "-shared", str(compiled), *runtime, "-o", str(linked)])
-        if failure is not None:
-            raise HostCompileError(f"{compiler} could not build {source.name}: {failure}")
-        linked.replace(path)
+    source: Path, path: Path, flags: tuple[str, ...], openmp: Path | None
+) -> tuple[float, str]:
+    """Build a library and its note with the first compiler that can -> seconds, compiler."""
+    failures = []
+    for command in compiler_commands():
+        compiler = shlex.join(command)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            began = time.monotonic()
+            linked = Path(folder, "code.so")
+            failure = _compile_with(command, source, linked, flags, openmp)
+            if failure is not None:
+                failures.append(f"{compiler} could not build {source.name}: {failure}")
+                continue
+            seconds = time.monotonic() - began
+            content = linked.read_bytes()
+            note = {
+                **{"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
+                **{"seconds": seconds, "compiler": compiler},
+            }
+            written = Path(folder, "code.json")
+            written.write_text(json.dumps(note), "utf-8")
+            # On disk before they have their names; the note last, as it vouches for the library.
+            for file, target in ((linked, path), (written, path.with_suffix(".json"))):
+                _sync(file)
+                file.replace(target)
+            return seconds, compiler
+    failure = "; ".join(failures)
+    if "No space left" in failure:
+        failure += "; make room, or set GROUNDWORK_CACHE and TMPDIR to folders with space left"
+    raise HostCompileError(failure)
 
 
-def _run(command: list[str]) -> str | None:
-    """None if a command succeeds, else what it said last."""
+def _compile_with(
+    command: list[str], source: Path, linked: Path, flags: tuple[str, ...], openmp: Path | None
+) -> str | None:
+    """None if a compiler has made `linked`, else what it said."""
+    compiled = linked.with_suffix(".o")
+    run = [*command, *flags, "-c", str(source), "-o", str(compiled)]
+    # A compiler without OpenMP (Apple's) still makes a library, for one thread.
+    threads = openmp is not None or _run([*run, "-fopenmp"], compiled) is None
+    failure = None
+    if openmp or not threads:
+        failure = _run([*run, "-fopenmp"] if openmp else run, compiled)
+    if failure is not None:
+        return failure
+    # The runtime that torch has loaded: one process, one pool of threads.
+    runtime = [str(openmp)] if openmp else ["-fopenmp"] if threads else []
+    return _run([*command, "-shared", str(compiled), *runtime, "-o", str(linked)], linked)
+
+
+def _run(command: list[str], made: Path) -> str | None:
+    """None if a command succeeds and has made a file, else what it said first."""
+    environment = {**os.environ, "LC_ALL": "C"}  # errors are looked for by their English name
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=600,
+            check=False,
+            env=environment,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    if done.returncode == 0:
-        return None
-    lines = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
-    return f"exit status {done.returncode}: {lines[0].strip()[:300]}"
+    said = [
+        line.strip() for line in (done.stderr + "\n" + done.stdout).splitlines() if line.strip()
+    ]
+    said = [line for line in said if "error" in line] or said or ["it printed nothing"]
+    if done.returncode < 0:
+        with suppress(ValueError):
+            name = signal.Signals(-done.returncode).name
+            return f"killed by {name}: {said[0][:300]}"
+    if done.returncode != 0:
+        return f"exit status {done.returncode}: {said[0][:300]}"
+    if not made.is_file() or made.stat().st_size == 0:
+        return f"exit status 0, but it wrote no {made.name}: {said[0][:300]}"
+    return None
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content is on the disk, where the file system knows of such a thing."""
+    with path.open("rb") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
 
 
 def _openmp_of_torch() -> Path | None:

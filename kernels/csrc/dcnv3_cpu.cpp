@@ -3,7 +3,9 @@
 // One task is one group of one image. It copies its channels into a private float32 image with a
 // border of zeros, padded to whole vectors: no corner needs a bounds check, no channel count a tail,
 // and the backward pass owns what it adds to, so it needs no atomics and its sums have one order
-// whatever the number of threads. Coordinates are computed for a row of outputs at a time, over all
+// whatever the number of threads. Where threads outnumber the groups of all images, the forward pass
+// divides their rows, and the threads share the images: memory is never more than one padded copy
+// of the value. Coordinates are computed for a row of outputs at a time, over all
 // points at once; the corners are then read as vectors over the channels.
 //
 // Built for one instruction set at a time (see groundwork/kernels/host_compiler.py). C interface,
@@ -71,12 +73,15 @@ GW_INLINE void fetch(const void* base, int dtype, int64_t start, int64_t count) 
 
 // ---- one group of one image as float32 with a border ----
 
-void copy_in(const Dcnv3Problem& q, const void* value, int64_t n, int64_t g, float* image) {
+// Lines y_begin to y_end of the image; the borders above and below come with the first and the last.
+void copy_in(const Dcnv3Problem& q, const void* value, int64_t n, int64_t g, int64_t y_begin,
+             int64_t y_end, float* image) {
   const int64_t padded = vectors(q.depth) * LANES, stride = (q.width + 2) * padded;
   const int64_t channels = q.groups * q.depth;
-  memset(image, 0, stride * sizeof(float));
-  memset(image + (q.height + 1) * stride, 0, 2 * stride * sizeof(float));
-  for (int64_t y = 0; y < q.height; ++y) {
+  if (y_begin == 0) memset(image, 0, stride * sizeof(float));
+  if (y_end == q.height)
+    memset(image + (q.height + 1) * stride, 0, 2 * stride * sizeof(float));
+  for (int64_t y = y_begin; y < y_end; ++y) {
     float* line = image + (y + 1) * stride;
     memset(line, 0, padded * sizeof(float));
     memset(line + (q.width + 1) * padded, 0, padded * sizeof(float));
@@ -241,23 +246,25 @@ void scatter_row(const float* image, float* grad_image, int64_t line_floats, int
 // ---- tasks ----
 
 struct Buffers {
-  float *image, *grad_image, *pixel;
+  float *memory, *image, *grad_image, *pixel;
   Grid grid;
   Row row;
 };
 
-bool prepare(const Dcnv3Problem& q, bool backward, Buffers& b) {
+// images: of the thread's own, 2 for the backward pass; 0 where threads share them.
+bool prepare(const Dcnv3Problem& q, int images, Buffers& b) {
+  const bool backward = images == 2;
   const size_t image = image_floats(q), padded = vectors(q.depth) * LANES;
   // Vectors are read and written up to one past the last sample.
   const size_t count = (size_t)q.out_width * q.points + LANES;
   const size_t grads = backward ? (q.out_width + 1) * padded + 6 * count : 0;
-  const size_t total = image * (backward ? 2 : 1) + padded + 13 * count + grads;
+  const size_t total = image * images + padded + 13 * count + grads;
   float* memory = allocate(total);
-  b.image = memory;
+  b.memory = memory;
   if (!memory) return false;
   float* next = memory;
   const auto take = [&](size_t n) { float* taken = next; next += n; return taken; };
-  take(image);
+  b.image = images ? take(image) : NULL;
   b.grad_image = backward ? take(image) : NULL;
   b.pixel = take(padded);
   b.row.offset = take(2 * count);
@@ -351,7 +358,7 @@ void backward_task(const Dcnv3Problem& q, const void* grad_output, const void* v
                    void* grad_mask, int64_t n, int64_t g, const Buffers& b) {
   const int64_t count = vectors(q.depth), padded = count * LANES, line = (q.width + 2) * padded;
   const int64_t points = POINTS ? POINTS : q.points, samples = q.out_width * points;
-  copy_in(q, value, n, g, b.image);
+  copy_in(q, value, n, g, 0, q.height, b.image);
   memset(b.grad_image, 0, image_floats(q) * sizeof(float));
   for (int64_t y = 0; y < q.out_height; ++y) {
     const int64_t first_pixel = (n * q.out_height + y) * q.out_width;
@@ -377,6 +384,78 @@ void backward_task(const Dcnv3Problem& q, const void* grad_output, const void* v
   copy_out(q, b.grad_image, n, g, grad_value);
 }
 
+// Nothing to compute, and nothing to divide among threads.
+bool is_empty(const Dcnv3Problem& q) {
+  return q.batch < 1 || q.groups < 1 || q.depth < 1 || q.out_height < 1 || q.out_width < 1;
+}
+
+// A thread without a group would only hold memory.
+[[maybe_unused]] int threads_for(const Dcnv3Problem& q, int64_t tasks) {
+  const int64_t threads = q.threads < tasks ? q.threads : tasks;
+  return threads < 1 ? 1 : (int)threads;
+}
+
+// Of many groups: each by one thread, which copies its image.
+int32_t forward_by_groups(const Dcnv3Problem& q, const void* value, const void* offset,
+                          const void* mask, void* output) {
+  const int64_t groups = q.batch * q.groups;
+  int32_t failed = 0;
+#pragma omp parallel num_threads(threads_for(q, groups)) reduction(| : failed)
+  {
+    Buffers b;
+    const bool ready = prepare(q, 1, b);
+    failed |= !ready;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < groups; ++task) {
+      if (!ready) continue;
+      const int64_t n = task / q.groups, g = task % q.groups;
+      copy_in(q, value, n, g, 0, q.height, b.image);
+      const auto rows = q.points == 9 ? forward_rows<9> : forward_rows<0>;
+      rows(q, offset, mask, output, n, g, 0, q.out_height, b);
+    }
+    free(b.memory);
+  }
+  return failed;
+}
+
+// Of fewer groups than threads: all images are copied, then their rows are divided.
+int32_t forward_by_rows(const Dcnv3Problem& q, const void* value, const void* offset,
+                        const void* mask, void* output) {
+  const int64_t groups = q.batch * q.groups, image = image_floats(q);
+  // Parts are smaller than a thread's share, so that none waits long for the last.
+  const int64_t wanted = 4 * ((q.threads + groups - 1) / groups);
+  const int64_t copies = wanted < q.height ? wanted : q.height;
+  const int64_t parts = wanted < q.out_height ? wanted : q.out_height;
+  float* images = allocate(groups * image);
+  if (!images) return 1;
+  int32_t failed = 0;
+#pragma omp parallel num_threads(threads_for(q, groups * parts)) reduction(| : failed)
+  {
+    Buffers b;
+    const bool ready = prepare(q, 0, b);
+    failed |= !ready;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < groups * copies; ++task) {
+      const int64_t group = task / copies, part = task % copies;
+      copy_in(q, value, group / q.groups, group % q.groups, part * q.height / copies,
+              (part + 1) * q.height / copies, images + group * image);
+    }
+    // Here all threads have waited for all images.
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < groups * parts; ++task) {
+      if (!ready) continue;
+      const int64_t group = task / parts, part = task % parts;
+      b.image = images + group * image;
+      const auto rows = q.points == 9 ? forward_rows<9> : forward_rows<0>;
+      rows(q, offset, mask, output, group / q.groups, group % q.groups,
+           part * q.out_height / parts, (part + 1) * q.out_height / parts, b);
+    }
+    free(b.memory);
+  }
+  free(images);
+  return failed;
+}
+
 }  // namespace
 
 // Both return 0, or 1 when memory ran out (the outputs are then incomplete).
@@ -384,40 +463,22 @@ void backward_task(const Dcnv3Problem& q, const void* grad_output, const void* v
 extern "C" int32_t dcnv3_forward(const Dcnv3Problem* problem, const void* value, const void* offset,
                                  const void* mask, void* output) {
   const Dcnv3Problem& q = *problem;
-  const int64_t groups = q.batch * q.groups;
-  // Few groups and many threads: the rows of a group are divided, and its image copied by each part.
-  const int64_t wanted = (q.threads + groups - 1) / groups;
-  const int64_t parts = wanted < q.out_height ? wanted : q.out_height;
-  int32_t failed = 0;
-#pragma omp parallel num_threads(q.threads) reduction(| : failed)
-  {
-    Buffers b;
-    const bool ready = prepare(q, false, b);
-    failed |= !ready;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < groups * parts; ++task) {
-      if (!ready) continue;
-      const int64_t group = task / parts, part = task % parts;
-      const int64_t n = group / q.groups, g = group % q.groups;
-      copy_in(q, value, n, g, b.image);
-      const auto rows = q.points == 9 ? forward_rows<9> : forward_rows<0>;
-      rows(q, offset, mask, output, n, g, part * q.out_height / parts,
-           (part + 1) * q.out_height / parts, b);
-    }
-    free(b.image);
-  }
-  return failed;
+  if (is_empty(q)) return 0;
+  const auto run = q.batch * q.groups < q.threads ? forward_by_rows : forward_by_groups;
+  return run(q, value, offset, mask, output);
 }
 
+// What is empty has no gradient but zeros, which are the caller's to write.
 extern "C" int32_t dcnv3_backward(const Dcnv3Problem* problem, const void* grad_output,
                                   const void* value, const void* offset, const void* mask,
                                   void* grad_value, void* grad_offset, void* grad_mask) {
   const Dcnv3Problem& q = *problem;
+  if (is_empty(q)) return 0;
   int32_t failed = 0;
-#pragma omp parallel num_threads(q.threads) reduction(| : failed)
+#pragma omp parallel num_threads(threads_for(q, q.batch * q.groups)) reduction(| : failed)
   {
     Buffers b;
-    const bool ready = prepare(q, true, b);
+    const bool ready = prepare(q, 2, b);
     failed |= !ready;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < q.batch * q.groups; ++task)
@@ -426,7 +487,7 @@ extern "C" int32_t dcnv3_backward(const Dcnv3Problem* problem, const void* grad_
         run(q, grad_output, value, offset, mask, grad_value, grad_offset, grad_mask,
             task / q.groups, task % q.groups, b);
       }
-    free(b.image);
+    free(b.memory);
   }
   return failed;
 }

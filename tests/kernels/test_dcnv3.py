@@ -377,8 +377,9 @@ def test_samples_at_no_finite_place_count_as_zero(far: float, backend: str) -> N
     assert grads[2].unflatten(-1, (2, 9))[0, 2, 3, 0, 4] == 0
 
 
-def test_an_empty_batch_gives_an_empty_output_and_zero_gradients() -> None:
-    inputs = draw_inputs(batch=0)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(dtype: torch.dtype) -> None:
+    inputs = draw_inputs(batch=0, dtype=dtype)
     output = dcnv3(*inputs, kernel_size=3, groups=2, softmax=True)
     assert output.shape == (0, 7, 6, 6)
     output.sum().backward()
@@ -431,6 +432,21 @@ def test_a_second_derivative_is_refused_by_the_op_and_right_in_the_reference() -
         ({"stride": 2}, ValueError, r"expected \(2, 4, 3, 36\)"),
         ({"stride": 0}, ValueError, "stride is 0; both sizes must be at least 1"),
         ({"padding": (-1, 0)}, ValueError, r"padding is \(-1, 0\)"),
+        ({"kernel_size": 3.0}, TypeError, r"kernel_size is 3.0; expected an integer or a pair"),
+        ({"kernel_size": "3"}, TypeError, "kernel_size is '3'; expected an integer"),
+        ({"kernel_size": (3.5, 3)}, TypeError, r"kernel_size is \(3.5, 3\); expected an integer"),
+        ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size is \(3, 3, 3\), of 3 numbers"),
+        ({"padding": "same"}, TypeError, "padding is 'same'; expected an integer"),
+        ({"stride": None}, TypeError, "stride is None; expected an integer"),
+        ({"dilation": True}, TypeError, "dilation is True; expected an integer"),
+        ({"groups": 2.0}, TypeError, "groups is 2.0; expected an integer"),
+        ({"groups": None}, TypeError, "groups is None; expected an integer"),
+        ({"softmax": "no"}, TypeError, "softmax is 'no'; expected True or False"),
+        ({"remove_center": None}, TypeError, "remove_center is None; expected True or False"),
+        ({"offset_scale": "1"}, TypeError, "offset_scale is '1'; expected a number"),
+        ({"offset_scale": float("nan")}, ValueError, "offset_scale is nan; expected a finite"),
+        ({"offset_scale": float("inf")}, ValueError, "offset_scale is inf; expected a finite"),
+        ({"backend": None}, ValueError, "backend None is unknown"),
         ({"kernel_size": (3, 5), "remove_center": True}, ValueError, "kernel_size 3×5"),
         ({"kernel_size": 1, "remove_center": True}, ValueError, "kernel_size 1×1"),
         ({"kernel_size": 9, "padding": 0}, ValueError, "use a larger image or more padding"),
@@ -453,6 +469,30 @@ def test_a_wrong_tensor_is_named_with_its_remedy() -> None:
         dcnv3(value, offset, mask[..., :17], kernel_size=3, groups=2)
     with pytest.raises(ValueError, match="offset is on meta, value on cpu"):
         dcnv3(value, offset.to("meta"), mask, kernel_size=3, groups=2)
+    with pytest.raises(TypeError, match=r"value is a numpy.ndarray; expected a torch.Tensor"):
+        dcnv3(value.detach().numpy(), offset, mask, kernel_size=3, groups=2)
+    with pytest.raises(TypeError, match=r"mask is None; expected a torch\.Tensor"):
+        dcnv3(value, offset, None, kernel_size=3, groups=2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"offset has layout torch.sparse_coo; .*to_dense"):
+        dcnv3(value, offset.detach().to_sparse(), mask, kernel_size=3, groups=2)
+
+
+@pytest.mark.parametrize("image_hw", [(7, 6), (7, 5)])
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_image_with_channels_first_is_recognised(image_hw: tuple[int, int], moved: bool) -> None:
+    value, offset, mask = draw_inputs(image_hw=image_hw)
+    if moved:
+        offset, mask = offset.permute(0, 3, 1, 2), mask.permute(0, 3, 1, 2)
+    with pytest.raises(ValueError, match=r"looks like \(N, C, H, W\).*permute\(0, 2, 3, 1\)"):
+        dcnv3(value.permute(0, 3, 1, 2), offset, mask, kernel_size=3, groups=2)
+
+
+def test_integers_of_numpy_are_sizes() -> None:
+    inputs = draw_inputs()
+    expected = dcnv3(*inputs, kernel_size=3, groups=2, offset_scale=0.5)
+    three, two, half = np.int64(3), np.int32(2), np.float32(0.5)
+    output = dcnv3(*inputs, kernel_size=three, groups=two, offset_scale=half)  # type: ignore[arg-type]
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
 def test_auto_takes_the_first_backend_that_can() -> None:

@@ -1,5 +1,7 @@
 """The C++ kernels against the reference: any shape, every instruction set of this CPU."""
 
+import ctypes
+import errno
 import os
 import shutil
 import subprocess
@@ -126,6 +128,53 @@ def test_a_sample_far_away_touches_no_pixel(instructions: str) -> None:
         torch.testing.assert_close(tensor, torch.zeros_like(tensor), rtol=0, atol=0)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    softmax=st.booleans(),
+    spoiled=st.sampled_from(["mask", "grad_output", "both"]),
+    spoil=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    share=st.sampled_from([0.02, 0.3, 1.0]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_what_is_no_number_spoils_the_same_places_as_in_the_reference(
+    softmax: bool, spoiled: str, spoil: float, share: float, seed: int
+) -> None:
+    """A sample outside contributes nothing and gets no gradient, whatever its weight is."""
+    geometry = make_geometry(3, 1, 1, 1, 2, 1.0, False)
+    tensors = draw(geometry, 1, (4, 5), 5, seed)
+    g = torch.Generator().manual_seed(seed)
+    tensors[1] *= 2
+    for index, name in ((2, "mask"), (3, "grad_output")):
+        if spoiled in (name, "both"):
+            tensors[index][torch.rand(tensors[index].shape, generator=g) < share] = spoil
+    actual = results(dcnv3_cpu, tensors, geometry, softmax)
+    expected = results(dcnv3_reference, tensors, geometry, softmax)
+    for name, a, b in zip(("output", "value", "offset", "mask"), actual, expected, strict=True):
+        finite = b.isfinite()
+        torch.testing.assert_close(a.isfinite(), finite, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            *(t.where(finite, 0) for t in (a, b)), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 6), (1, 3, 4, 0)])
+def test_the_kernels_take_what_is_empty(shape: tuple[int, ...]) -> None:
+    geometry = make_geometry(3, 1, 1, 1, 2, 1.0, False)
+    value, grad = torch.randn(shape), torch.randn(shape)
+    offset, mask = torch.randn(shape[0], 3, 4, 36), torch.randn(shape[0], 3, 4, 18)
+    output, *gradients = results(dcnv3_cpu, [value, offset, mask, grad], geometry, True)
+    assert output.shape == shape
+    for gradient, tensor in zip(gradients, (value, offset, mask), strict=True):
+        assert gradient.shape == tensor.shape
+        assert gradient.count_nonzero() == 0
+    # nor does the library end the process, should anyone call it
+    problem = dcnv3_cpu._problem(value, offset, mask, geometry, True)
+    library = dcnv3_cpu.library()
+    pointers = dcnv3_cpu._pointers(value, offset, mask, value, value, offset, mask)
+    assert library.dcnv3_forward(ctypes.byref(problem), *pointers[:4]) == 0
+    assert library.dcnv3_backward(ctypes.byref(problem), *pointers) == 0
+
+
 @pytest.mark.parametrize("instructions", RUNNABLE)
 @pytest.mark.parametrize("softmax", [False, True])
 def test_bfloat16_is_only_a_storage(instructions: str, softmax: bool) -> None:
@@ -150,25 +199,55 @@ def test_each_tensor_has_its_own_dtype() -> None:
         torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=0)
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
-    geometry = make_geometry(3, 2, 1, 1, 1, 1.0, False)
-    tensors = draw(geometry, 1, (13, 11), 24, 0)
+@pytest.mark.parametrize(
+    ("batch", "groups", "image"),
+    [(1, 1, (13, 11)), (2, 2, (3, 11)), (1, 3, (1, 1)), (2, 4, (7, 7))],
+)
+def test_the_number_of_threads_changes_no_bit(
+    batch: int, groups: int, image: tuple[int, int]
+) -> None:
+    """With more groups than threads and with fewer, whose rows are divided."""
+    geometry = make_geometry(3, 2, 1, 1, groups, 1.0, False)
+    tensors = draw(geometry, batch, image, 24, 0)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = results(dcnv3_cpu, tensors, geometry, True)
-        torch.set_num_threads(5)
-        together = results(dcnv3_cpu, tensors, geometry, True)
+        for threads in (2, 5, 16):
+            torch.set_num_threads(threads)
+            together = results(dcnv3_cpu, tensors, geometry, True)
+            for a, b in zip(alone, together, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
     finally:
         torch.set_num_threads(before)
-    for a, b in zip(alone, together, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+MEMORY = """
+import resource, torch
+from groundwork.kernels.dcnv3 import dcnv3
+def peak(): return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+torch.set_num_threads(16)
+tensors = [torch.randn(1, 256, 256, channels) for channels in (64, 18, 9)]
+dcnv3(*(t[:, :20, :20] for t in tensors), kernel_size=3, groups=1)
+before = peak()
+dcnv3(*tensors, kernel_size=3, groups=1)
+print((peak() - before) / tensors[0].nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_threads_share_the_image_of_a_group() -> None:
+    """The output and one padded copy of the value, not one for each of 16 threads."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 3
 
 
 def test_ranks_that_ask_at_once_compile_once(cache: Path) -> None:
     program = (
         "from groundwork.kernels.host_compiler import build_host_library as build\n"
-        "library = build('dcnv3_cpu.cpp'); print(library.seconds > 0, library.path)"
+        "library = build('dcnv3_cpu.cpp'); print(library.built_now, library.path)"
     )
     ranks = [
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -211,11 +290,130 @@ def test_a_cache_that_others_may_write_to_is_refused(cache: Path) -> None:
         build_host_library(dcnv3_cpu.SOURCE)
 
 
-def test_a_damaged_library_says_which_file_to_delete(cache: Path) -> None:
+@pytest.mark.parametrize("damage", ["junk", "cut off", "no note", "junk note", "foreign note"])
+def test_a_damaged_library_is_built_again(cache: Path, damage: str) -> None:
     library = build_host_library(dcnv3_cpu.SOURCE)
-    library.path.write_bytes(b"not a library")
-    with pytest.raises(HostCompileError, match="delete it, and it is compiled again"):
-        dcnv3_cpu.library()
+    assert not build_host_library(dcnv3_cpu.SOURCE).built_now
+    good = library.path.read_bytes()
+    note = library.path.with_suffix(".json")
+    if damage == "junk":
+        library.path.write_bytes(b"not a library")
+    elif damage == "cut off":  # loading it would end the process with SIGBUS
+        library.path.write_bytes(good[:8192])
+    elif damage == "no note":
+        note.unlink()
+    else:
+        note.write_text("{" if damage == "junk note" else "[1]")
+    dcnv3_cpu.library()
+    assert len(library.path.read_bytes()) == len(good)
+    again = build_host_library(dcnv3_cpu.SOURCE)
+    assert not again.built_now
+    assert again.seconds > 0
+
+
+COMPILERS = {
+    "silent": ("exit 3", "exit status 3: it printed nothing"),
+    "idle": ("exit 0", "exit status 0, but it wrote no code.o"),
+    "killed": ("kill -9 $$", "killed by SIGKILL"),
+    "latin": (r"printf '\\344 error: x' >&2; exit 1", "exit status 1: .* error: x"),
+    "full": (
+        "echo 'error: No space left on device' >&2; exit 1",
+        "set GROUNDWORK_CACHE and TMPDIR",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILERS)
+def test_any_failure_of_a_compiler_says_something(
+    kind: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, message = COMPILERS[kind]
+    compiler = cache.parent / kind
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(
+        HostCompileError, match=f"{kind} could not build dcnv3_cpu.cpp: .*{message}"
+    ):
+        build_host_library(dcnv3_cpu.SOURCE)
+    assert not list(cache.glob("*.so"))
+
+
+@pytest.mark.parametrize("prefix", ["", "/usr/bin/env "])
+def test_a_compiler_may_be_a_command_with_arguments(
+    prefix: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = host_compiler.find_compiler()
+    assert found is not None
+    monkeypatch.setenv("CXX", f"{prefix}{found} -O1")
+    library = build_host_library(dcnv3_cpu.SOURCE)
+    assert (library.built_now, library.compiler) == (True, f"{prefix}{found} -O1")
+
+
+@pytest.mark.parametrize(
+    ("cxx", "message"),
+    [
+        ("g+++ -m64", "CXX is 'g.*', and there is no program 'g[+]{3}' in PATH"),
+        ("'g++", r"CXX is .* no command \(No closing quotation\)"),
+    ],
+)
+def test_a_misspelt_compiler_is_named(
+    cxx: str, message: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", cxx)
+    assert host_compiler.find_compiler() is None
+    with pytest.raises(HostCompileError, match=rf"no C\+\+ compiler: {message}.*correct or unset"):
+        build_host_library(dcnv3_cpu.SOURCE)
+
+
+def test_after_a_broken_compiler_the_next_is_tried(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = cache.parent / "bin" / "c++"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{broken.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CXX", raising=False)
+    commands = host_compiler.compiler_commands()
+    assert commands[0] == [str(broken)]
+    if len(commands) == 1:
+        pytest.skip("no second compiler in PATH")
+    assert build_host_library(dcnv3_cpu.SOURCE).compiler != str(broken)
+
+
+def test_no_failure_of_the_cache_reaches_the_caller_of_the_op(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full or read-only file system, and a user without a home."""
+
+    def refuse(number: int) -> Any:
+        def fail(*arguments: Any, **named: Any) -> Any:
+            raise OSError(number, os.strerror(number))
+
+        return fail
+
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    geometry = make_geometry(3, 1, 1, 1, 2, 1.0, False)
+    value, offset, mask, _ = draw(geometry, 1, (5, 4), 3, 0)
+    expected = dcnv3_reference.reference_forward(value, offset, mask, geometry, False)
+    for owner, name, failure in (
+        (Path, "mkdir", refuse(errno.EROFS)),
+        (Path, "expanduser", homeless),
+        (Path, "open", refuse(errno.EACCES)),
+        (host_compiler.tempfile, "mkdtemp", refuse(errno.EACCES)),
+        (host_compiler.os, "fsync", refuse(errno.ENOSPC)),
+        (Path, "replace", refuse(errno.ENOSPC)),
+    ):
+        host_compiler.load_host_library.cache_clear()
+        dcnv3_cpu.unavailable.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failure)
+            with pytest.warns(UserWarning, match=r"slow reference.*set GROUNDWORK_CACHE"):
+                output = dcnv3(value, offset, mask, kernel_size=3, groups=2)
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("compiler", ["clang++", "aarch64-linux-gnu-g++"])

@@ -1,5 +1,7 @@
 """DCNv4's packed layout, against DCNv3 with its offsets and weights apart."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -40,3 +42,25 @@ def test_too_few_channels_are_named() -> None:
     value = torch.randn(1, 4, 4, 8)
     with pytest.raises(ValueError, match=r"K at least 54 = 3·groups·P \(56 in the official"):
         dcnv4(value, torch.randn(1, 4, 4, 53), kernel_size=3, groups=2)
+
+
+def test_errors_name_what_the_caller_passed() -> None:
+    value, packed = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 56)
+    arguments: dict[str, Any] = {"kernel_size": 3, "groups": 2}
+    with pytest.raises(ValueError, match=r"^dcnv4: offset_mask has shape \(2, 3, 5, 56\)") as found:
+        dcnv4(value, packed[:, 1:], **arguments)
+    assert "dcnv3" not in str(found.value)
+    with pytest.raises(TypeError, match=r"^dcnv4: offset_mask is torch.int64; cast it"):
+        dcnv4(value, packed.long(), **arguments)
+    with pytest.raises(TypeError, match=r"^dcnv4: offset_mask is None; expected a torch.Tensor"):
+        dcnv4(value, None, **arguments)
+    with pytest.raises(ValueError, match=r"^dcnv4: offset_mask is on meta, value on cpu"):
+        dcnv4(value, packed.to("meta"), **arguments)
+    with pytest.raises(ValueError, match=r"^dcnv4: backend 'cpu' cannot run: offset_mask is torch"):
+        dcnv4(value, packed.double(), backend="cpu", **arguments)
+    with pytest.raises(ValueError, match=r"^dcnv4: backend 'gpu' is unknown"):
+        dcnv4(value, packed, backend="gpu", **arguments)
+    with pytest.raises(ValueError, match=r"^dcnv4: stride is 0"):
+        dcnv4(value, packed, stride=0, **arguments)
+    with pytest.raises(ValueError, match=r"^dcnv4: .*looks like \(N, C, H, W\)"):
+        dcnv4(value.permute(0, 3, 1, 2), packed, **arguments)
