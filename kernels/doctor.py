@@ -1,7 +1,9 @@
 """Which backend each op uses on this machine, and why."""
 
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -11,6 +13,8 @@ from groundwork.kernels import (
     depthwise_norm_gelu_cpu,
     fused_layers,
     fused_layers_cuda,
+    jpeg_crop,
+    member_reader,
     residual_norm_cpu,
 )
 from groundwork.kernels.cuda_compiler import CudaCompileError, cached_cubin
@@ -18,8 +22,8 @@ from groundwork.kernels.host_compiler import (
     HostCompileError,
     build_host_library,
     cache_folder,
-    find_compiler,
     instruction_set,
+    load_host_library,
 )
 from groundwork.kernels.optional_backends import apex_problem, choose_adamw, choose_layer_norm
 
@@ -48,25 +52,60 @@ def kernel_statuses() -> list[KernelStatus]:
         _adamw("cuda" if torch.cuda.is_available() else "cpu"),
         _layer_norm("cuda" if torch.cuda.is_available() else "cpu"),
         KernelStatus("modulated_deform_conv2d", "all", "torchvision", "delegates to torchvision"),
+        KernelStatus(
+            *("linear_cross_entropy", "all", "torch"),
+            "plain PyTorch by blocks of rows: for memory, not for speed",
+        ),
+        KernelStatus(
+            *("contrastive loss", "all", "torch"),
+            "plain PyTorch by blocks of rows: for memory, not for speed",
+        ),
+        _jpeg_crop(),
+        _on_cpu(
+            "member reader",
+            member_reader.SOURCE,
+            partial(load_host_library, member_reader.SOURCE),
+            otherwise="Python",
+            threaded=False,
+        ),
     ]
 
 
-def _on_cpu(op: str, source: str, load: Callable[[], object]) -> KernelStatus:
-    """load: of the library of a file in `csrc/`, with its checks."""
+def _on_cpu(
+    op: str,
+    source: str,
+    load: Callable[[], object],
+    otherwise: str = "reference",
+    threaded: bool = True,
+) -> KernelStatus:
+    """load: of the library of a file in `csrc/`, with its checks. otherwise: what stands in for it.
+
+    threaded: it uses torch's threads.
+    """
     try:
         library = build_host_library(source)
         load()
     except HostCompileError as error:
-        return KernelStatus(op, "cpu", "reference", str(error))
-    compiler = library.compiler or find_compiler() or "no compiler needed"
-    built = f"built in {library.seconds:.1f} s" if library.compiler else "built before"
+        return KernelStatus(op, "cpu", otherwise, str(error))
+    built = "built" if library.built_now else "built before,"
+    openmp = library.openmp or "OpenMP of the compiler"
+    threads = f", {torch.get_num_threads()} threads ({openmp})" if threaded else ""
     return KernelStatus(
         op,
         "cpu",
         "cpu",
-        f"{instruction_set()}, {torch.get_num_threads()} threads "
-        f"({library.openmp or 'OpenMP of the compiler'}); {compiler}; {built}: {library.path}",
+        f"{instruction_set()}{threads}; {library.compiler}; {built} in {library.seconds:.1f} s: "
+        f"{library.path}",
     )
+
+
+def _jpeg_crop() -> KernelStatus:
+    load = partial(load_host_library, jpeg_crop.SOURCE)
+    status = _on_cpu("jpeg_crop", jpeg_crop.SOURCE, load, otherwise="libraries", threaded=False)
+    if platform.machine() in ("x86_64", "AMD64") and instruction_set() == "DEFAULT":
+        reason = "JPEGs are decoded by libraries: this processor has no AVX2"
+        return KernelStatus("jpeg_crop", "cpu", "libraries", reason)
+    return status
 
 
 def _dcnv3_on_cuda(device: int) -> KernelStatus:
@@ -96,6 +135,8 @@ def _on_cuda(
             cubin = cached_cubin(source, settings, f"sm_{major}{minor}")
         except (CudaCompileError, HostCompileError) as error:
             reason = str(error)
+        except OSError as error:
+            reason = f"a kernel cannot be kept in the cache ({error}); set GROUNDWORK_CACHE"
         else:
             built = f"built in {cubin.seconds:.1f} s" if cubin.seconds else "built before"
             detail = f"{name}, sm_{major}{minor}; NVRTC, {built}, in {cache_folder()}"

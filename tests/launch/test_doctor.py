@@ -1,5 +1,6 @@
 """`groundwork doctor` and `groundwork kernels build`."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from groundwork.launch.cli import main
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GROUNDWORK_CACHE", str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "400")
     host_compiler.load_host_library.cache_clear()
     dcnv3_cpu.unavailable.cache_clear()
 
@@ -22,11 +23,16 @@ def test_kernels_are_built_ahead_and_the_doctor_finds_them(
 ) -> None:
     assert main(["kernels", "build"]) == 0
     assert "built in" in capsys.readouterr().out
-    (library,) = (tmp_path / "kernels").glob("*.so")
+    libraries = list((tmp_path / "kernels").glob("*.so"))
+    assert len(libraries) == 5
     assert main(["doctor", "--kernels"]) == 0
     shown = capsys.readouterr().out
-    assert "built before" in shown
-    assert library.name in shown
+    assert "built in" not in shown
+    assert len(re.findall(r"built before, in \d+\.\d s", shown)) == len(libraries)
+    for library in libraries:
+        assert library.name in shown
+    for op in ("jpeg_crop", "member reader", "linear_cross_entropy", "contrastive loss"):
+        assert op in shown
 
 
 def test_without_a_compiler_building_fails_and_the_doctor_says_what_to_do(
@@ -40,3 +46,15 @@ def test_without_a_compiler_building_fails_and_the_doctor_says_what_to_do(
     assert "reference" in shown
     assert "apt-get install g++" in shown
     assert "torch 2." in shown
+
+
+def test_without_a_usable_cache_the_doctor_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GROUNDWORK_CACHE", str(tmp_path / "file"))
+    assert main(["kernels", "build"]) == 1
+    assert main(["doctor", "--kernels"]) == 0
+    shown = capsys.readouterr().out
+    assert "Not a directory" in shown
+    assert "set GROUNDWORK_CACHE to a folder you may write to" in shown
