@@ -24,6 +24,7 @@ from groundwork.kernels.fused_layers import (
     check_tensor,
     choose_backend,
     convolved_dtype,
+    is_cast,
     is_eager,
     layer_norm,
     normed_dtype,
@@ -71,8 +72,7 @@ def depthwise_norm_gelu_reference(
 ) -> Tensor:
     """The same by three layers of PyTorch, without autocast in the widest dtype of the inputs."""
     channels, dtype = x.shape[-1], x.dtype
-    cast = torch.is_autocast_enabled(x.device.type) and dtype != torch.float64
-    if mixed := not (cast or dtype == weight.dtype == bias.dtype):
+    if mixed := not (is_cast(x) or dtype == weight.dtype == bias.dtype):
         for tensor in (weight, bias, scale, shift):
             dtype = torch.promote_types(dtype, tensor.dtype)
         weight, bias = weight.to(dtype), bias.to(dtype)

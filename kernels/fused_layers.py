@@ -126,12 +126,17 @@ def normed_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def convolved_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of `F.conv2d(x)`: that of autocast, where it is on."""
+def is_cast(x: Tensor) -> bool:
+    """Whether autocast chooses the dtype of a linear layer or a convolution of x."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return False
+    return torch.is_autocast_enabled(kind)
+
+
+def convolved_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of `F.conv2d(x)` and `F.linear(x)`: that of autocast, where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if is_cast(x) else x.dtype
 
 
 def layer_norm(y: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:

@@ -7,6 +7,7 @@ is the size of the inputs' gradients. With q_v = smoothing/V + (1 - smoothing)·
     loss = Σ_v -q_v · log softmax(x W^T + b)_v,    d loss / d logits = softmax - q
 """
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from groundwork.kernels.fused_layers import check_tensor, in_functorch, refuse_second_derivative
+from groundwork.kernels.fused_layers import (
+    check_tensor,
+    convolved_dtype,
+    in_functorch,
+    is_cast,
+    refuse_second_derivative,
+)
 
 OP = "linear_cross_entropy"
 #: Logits of a block, in elements: 64 MiB of float32.
@@ -86,10 +93,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         reduction: str,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        known = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if known else nullcontext():
             loss, gradients = _loss_and_gradients(
                 *(x, weight, targets, bias, smoothing, ignore_index, reduction),
-                dtype=_product_dtype(x),
+                dtype=convolved_dtype(x),
                 needs=(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]),
             )
         # the inputs are kept for their place in the graph of a second derivative, which is refused
@@ -197,14 +206,6 @@ def _kept_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """That of `F.linear(x)`."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -232,9 +233,8 @@ def _check(
             raise ValueError(
                 f"{OP}: bias has shape {tuple(bias.shape)}, expected {weight.shape[0]} values"
             )
-    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     for name, tensor in {"weight": weight, "bias": bias}.items():
-        if tensor is not None and tensor.dtype != x.dtype and not casts:
+        if tensor is not None and tensor.dtype != x.dtype and not is_cast(x):
             raise TypeError(
                 f"{OP}: {name} is {tensor.dtype}, x {x.dtype}; convert one, or use torch.autocast"
             )

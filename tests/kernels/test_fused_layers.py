@@ -88,6 +88,12 @@ def doubles(tensors: list[Tensor]) -> list[Tensor]:
     return [t.double() for t in tensors]
 
 
+CASES = (
+    (depthwise_norm_gelu, draw_convolution(1, (5, 4), 6, 3, 0)),
+    (residual_norm, draw_residual(1, (5, 4), 6, 0)[0]),
+)
+
+
 # ---- shapes, instruction sets, storage ----
 
 
@@ -270,6 +276,11 @@ def test_the_output_has_the_dtype_of_the_plain_layers(autocast: bool, dtype: tor
         torch.testing.assert_close(actual, expected, rtol=3e-2, atol=3e-2)
 
 
+def test_on_the_meta_device_the_plain_layers_run() -> None:
+    for op, tensors in CASES:
+        assert op(*(t.to("meta") for t in tensors)).shape == (1, 5, 4, 6)
+
+
 def test_what_no_kernel_can_take_runs_as_plain_layers() -> None:
     """With derivatives of every order."""
     tensors = [t.double().requires_grad_() for t in draw_convolution(1, (3, 3), 2, 3, 0)]
@@ -353,12 +364,6 @@ def test_a_broken_library_of_one_op_leaves_the_other_fused(
 
 
 # ---- what a kernel cannot do ----
-
-
-CASES = (
-    (depthwise_norm_gelu, draw_convolution(1, (5, 4), 6, 3, 0)),
-    (residual_norm, draw_residual(1, (5, 4), 6, 0)[0]),
-)
 
 
 @needs_kernels

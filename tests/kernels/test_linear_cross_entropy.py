@@ -165,6 +165,28 @@ def test_transforms_of_functorch_are_refused() -> None:
         torch.func.vmap(linear_cross_entropy, (0, None, 0))(x[None], weight, targets[None])
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_is_torchs(low: torch.dtype) -> None:
+    x, weight, targets, bias = draw(5, 4, 6, 0, bias=True)
+    leaves = [x, weight, bias]
+    with torch.autocast("cpu", low):
+        ours = linear_cross_entropy(x, weight, targets, bias)
+        theirs = linear_cross_entropy_reference(x, weight, targets, bias)
+        assert linear_cross_entropy(x.to(low), weight, targets, bias).dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, leaves),
+        torch.autograd.grad(theirs, leaves),
+        rtol=2e-2,
+        atol=1e-2,
+    )
+
+
+def test_it_runs_on_the_meta_device() -> None:
+    tensors = [t.detach().to("meta") for t in draw(5, 4, 6, 0, bias=True)]
+    assert linear_cross_entropy(*tensors).is_meta
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_it_compiles_without_graph_breaks(dtype: torch.dtype) -> None:
     tensors = [
