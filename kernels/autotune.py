@@ -9,11 +9,13 @@ damaged, or was made for something else, counts as empty.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -21,7 +23,9 @@ from typing import Any, Final, TypeVar
 import torch
 
 from groundwork.kernels.cuda_compiler import CudaCompileError, source_text
-from groundwork.kernels.host_compiler import _alone, cache_folder
+from groundwork.kernels.host_compiler import HostCompileError, _alone, cache_folder
+
+log = logging.getLogger(__name__)
 
 #: A choice is any value that its `str` tells from the others; tables hold that.
 C = TypeVar("C", bound=Hashable)
@@ -39,9 +43,13 @@ def wanted() -> bool:
 
 
 class Table:
-    """The choices for one kind of device. path: of the file; identity: what it was made for."""
+    """The choices for one kind of device.
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    path: of the file, or None where no folder can be had: each process then measures for itself.
+    identity: what it was made for.
+    """
+
+    def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
         self.path, self.identity = path, identity
         self.entries = self._read()
         self._chosen: dict[str, Any] = {}
@@ -56,7 +64,7 @@ class Table:
 
     def tune(self, key: str, choices: Sequence[C], launch: Callable[[C], None], timer: Timer) -> C:
         """Measure all choices, unless another process has; the fastest is written to the file."""
-        with _alone(self.path.with_suffix(".lock")):
+        with nullcontext() if self.path is None else _alone(self.path.with_suffix(".lock")):
             self.entries = self._read()
             self._chosen.pop(key, None)
             known = self.choice(key, choices)
@@ -76,6 +84,8 @@ class Table:
             return choices[best]
 
     def _read(self) -> dict[str, dict[str, Any]]:
+        if self.path is None:
+            return {}
         try:
             content = json.loads(self.path.read_text("utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -88,6 +98,8 @@ class Table:
         return {key: entry for key, entry in entries.items() if isinstance(entry, dict)}
 
     def _write(self) -> None:
+        if self.path is None:
+            return
         content = {"made_for": self.identity, "entries": self.entries}
         with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
             written = Path(folder, self.path.name)
@@ -106,7 +118,12 @@ def make_table(name: str, arch: str, sources: tuple[str, ...]) -> Table:
     digest = hashlib.sha256(b"\0".join(map(source_text, sources))).hexdigest()[:20]
     identity = {"format": FORMAT, "device": name, "arch": arch, "sources": digest}
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return Table(cache_folder() / f"autotune-{slug}-{arch}-{digest}.json", identity)
+    try:
+        path = cache_folder() / f"autotune-{slug}-{arch}-{digest}.json"
+    except HostCompileError as error:
+        log.warning("launch choices are not kept: %s", error)
+        path = None
+    return Table(path, identity)
 
 
 def choose(

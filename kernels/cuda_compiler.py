@@ -6,6 +6,7 @@ under the hash of its sources, settings and compiler.
 
 import ctypes
 import hashlib
+import logging
 import re
 import tempfile
 import time
@@ -17,8 +18,12 @@ from typing import Any, Final
 
 import torch
 
-from groundwork.kernels.host_compiler import SOURCES, cache_folder
+from groundwork.kernels.host_compiler import SOURCES, HostCompileError, cache_folder
 
+log = logging.getLogger(__name__)
+
+#: A cubin's file begins with its sha256.
+DIGEST_BYTES: Final = 32
 #: Least compute capability that the sources are written for (bfloat16 needs none of its own).
 LEAST_CAPABILITY: Final = (7, 0)
 
@@ -89,18 +94,31 @@ def compile_cubin(source: str, settings: Mapping[str, int], arch: str) -> Cubin:
 
 
 def cached_cubin(source: str, settings: Mapping[str, int], arch: str) -> Cubin:
-    """`compile_cubin`, kept on disk. Ranks that ask at once may each compile; one file remains."""
+    """`compile_cubin`, kept on disk. Ranks that ask at once may each compile; one file remains.
+
+    A damaged file is compiled again; without a usable cache folder each process compiles.
+    """
     _, major, minor = _nvrtc().nvrtcVersion()
     settled = f"{sorted(settings.items())} {arch} {major}.{minor}\0".encode()
     digest = hashlib.sha256(settled + source_text(source))
-    path = cache_folder() / f"{Path(source).stem}-{arch}-{digest.hexdigest()[:20]}.cubin"
-    if path.exists():
-        return Cubin(path.read_bytes(), arch, "", 0.0)
+    name = f"{Path(source).stem}-{arch}-{digest.hexdigest()[:20]}.cubin"
+    try:
+        path = cache_folder() / name
+        kept = path.read_bytes() if path.exists() else b""
+    except (HostCompileError, OSError) as error:
+        log.warning("%s is compiled by every process: %s", source, error)
+        return compile_cubin(source, settings, arch)
+    code = kept[DIGEST_BYTES:]
+    if kept[:DIGEST_BYTES] == hashlib.sha256(code).digest():
+        return Cubin(code, arch, "", 0.0)
     cubin = compile_cubin(source, settings, arch)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        written = Path(folder, path.name)
-        written.write_bytes(cubin.code)
-        written.replace(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            written = Path(folder, name)
+            written.write_bytes(hashlib.sha256(cubin.code).digest() + cubin.code)
+            written.replace(path)
+    except OSError as error:
+        log.warning("%s is compiled by every process: %s", source, error)
     return cubin
 
 

@@ -131,7 +131,7 @@ def unsupported(value: Tensor, offset: Tensor, mask: Tensor) -> str | None:
         if tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}, not float32, bfloat16 or float16"
     height, width, channels = value.shape[1:]
-    if height * width >= MAX_PIXELS or value[0].nbytes >= MAX_IMAGE_BYTES:
+    if height * width >= MAX_PIXELS or value.nbytes // max(1, len(value)) >= MAX_IMAGE_BYTES:
         return f"an image of {height}×{width} pixels and {channels} channels is too large"
     return unavailable(value.device.index)
 

@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from groundwork.kernels import cuda_compiler, dcnv3_cuda, dcnv3_reference, host_compiler
+from groundwork.kernels import autotune, cuda_compiler, dcnv3_cuda, dcnv3_reference, host_compiler
 from groundwork.kernels.cuda_compiler import CudaCompileError, cached_cubin, compile_cubin
 from groundwork.kernels.dcnv3_cuda import (
     FORWARD_CHOICES,
@@ -453,4 +453,21 @@ def test_a_cubin_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert first.code == second.code
     assert first.seconds > 0
     assert second.seconds == 0
-    assert len(list((tmp_path / "kernels").iterdir())) == 1
+    (kept,) = (tmp_path / "kernels").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert cached_cubin(dcnv3_cuda.SOURCE, chosen, "sm_90").code == first.code
+    assert cached_cubin(dcnv3_cuda.SOURCE, chosen, "sm_90").seconds == 0
+
+
+def test_without_a_cache_cubins_are_compiled_and_choices_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("GROUNDWORK_CACHE", str(tmp_path / "file"))
+    problem = Problem(units=10, groups=1, depth=16)
+    chosen = plan(problem, 9, (torch.float32,) * 3, True, False).settings
+    assert cached_cubin(dcnv3_cuda.SOURCE, chosen, "sm_90").seconds > 0
+    assert "is compiled by every process" in caplog.text
+    table = autotune.make_table("a device", "sm_90", (dcnv3_cuda.SOURCE,))
+    assert table.tune("key", (1, 2), lambda choice: None, lambda run: 1.0) == 1
+    assert table.choice("key", (1, 2)) == 1
