@@ -43,7 +43,8 @@ class Mixture:
     """Interleaves sources by weight; a pure function of the position.
 
     weights: of each source, in any unit; or a schedule, {position: weights}, that begins at 0. A
-        change takes effect at the end of the period it falls in, where all counts are exact.
+        change takes effect at the end of the period it falls in, where all counts are exact; of
+        several that fall into one period, the last.
     """
 
     def __init__(self, weights: Sequence[float] | Mapping[int, Sequence[float]]) -> None:
@@ -63,7 +64,8 @@ class Mixture:
         begin, before = 0, np.zeros(self.num_sources, np.int64)
         if self.stages:
             last = self.stages[-1]
-            periods = -(-(start - last.begin) // len(last.table))
+            # none where the last change is still waiting for its own beginning: it never takes effect
+            periods = max(0, -(-(start - last.begin) // len(last.table)))
             begin = last.begin + periods * len(last.table)
             before = last.before + periods * last.quotas
             if begin == last.begin:

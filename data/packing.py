@@ -30,8 +30,8 @@ class PackedTokens(NamedTuple):
 
     @property
     def fill(self) -> float:
-        """The share of places that hold a token."""
-        return float((self.segments > 0).float().mean())
+        """The share of places that hold a token; 1 where there is no place."""
+        return float((self.segments > 0).float().mean()) if self.segments.numel() else 1.0
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

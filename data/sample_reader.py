@@ -1,5 +1,6 @@
 """Reading the members of samples: one byte range each, every checksum verified."""
 
+import errno
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,8 +13,8 @@ from groundwork.data.raw_batch import RawSample
 from groundwork.data.samples import SampleError
 from groundwork.data.shard_index import MISSING, ShardError, ShardIndex
 from groundwork.data.shard_table import ShardTable
-from groundwork.data.storage import Storage
-from groundwork.data.storage_errors import StorageError
+from groundwork.data.storage import LocalStorage, Storage
+from groundwork.data.storage_errors import MissingFileError, ReplacedFileError, StorageError
 
 _UNREAD = SampleError("not read")
 
@@ -68,6 +69,8 @@ def read_rows(
         try:
             index = table.index(shard)
         except (ShardError, OSError) as error:
+            if is_outage(storage, error):
+                raise
             diagnosis = getattr(error, "diagnosis", None) or Diagnosis.UNREADABLE
             for place in chosen.tolist():
                 results[place] = SampleError(f"its index cannot be used: {error}", diagnosis)
@@ -103,11 +106,26 @@ def plan_reads(
     )
 
 
+def is_outage(storage: Storage, error: Exception) -> bool:
+    """Whether it is the storage that fails, and not a file of it.
+
+    Such errors end the run, which can go on later: were the samples replaced as bad ones, the
+    sequence would depend on the weather.
+    """
+    if isinstance(error, MissingFileError | ReplacedFileError) or not isinstance(error, OSError):
+        return False
+    causes = (error, error.__cause__)
+    is_stale = any(getattr(cause, "errno", None) == errno.ESTALE for cause in causes)
+    return is_stale or not isinstance(storage, LocalStorage)
+
+
 def read_samples(storage: Storage, plans: Sequence[ReadPlan]) -> list[RawSample]:
     """Carry out the plans, together where the storage can. Nothing unverified is returned."""
     try:
         found: Sequence[bytes | StorageError] = storage.read_many([plan[:3] for plan in plans])
-    except StorageError:  # of one of them; the others are not to suffer
+    except StorageError as error:  # of one of them; the others are not to suffer
+        if is_outage(storage, error):
+            raise
         found = [_read(storage, plan) for plan in plans]
     results: list[RawSample] = []
     for plan, data in zip(plans, found, strict=True):
@@ -123,6 +141,8 @@ def _read(storage: Storage, plan: ReadPlan) -> bytes | StorageError:
     try:
         return storage.read(plan.file, plan.begin, plan.end)
     except StorageError as error:
+        if is_outage(storage, error):
+            raise
         return error
 
 

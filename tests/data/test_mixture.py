@@ -71,6 +71,33 @@ def test_a_schedule_keeps_the_promise_across_its_changes(
         assert np.array_equal(of_source, np.arange(len(of_source)))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    starts=st.lists(st.integers(1, 30_000), min_size=1, max_size=5, unique=True),
+    seed=st.integers(0, 2**32),
+)
+def test_changes_may_come_faster_than_periods_end(starts: list[int], seed: int) -> None:
+    """Weights of many digits have periods of thousands of samples."""
+    rng = np.random.default_rng(seed)
+    digits = rng.integers(1, 6, len(starts) + 1)
+    weights = [np.maximum(rng.random(3), 0.01).round(n) + 10.0**-n for n in digits]
+    mixture = Mixture({p: w.tolist() for p, w in zip([0, *sorted(starts)], weights, strict=True)})
+    length = 60_000
+    sources, ordinals = mixture.locate(np.arange(length))
+    for source in range(3):
+        of_source = ordinals[sources == source]
+        assert np.array_equal(of_source, np.arange(len(of_source)))
+    begins = [stage.begin for stage in mixture.stages]
+    assert begins == sorted(set(begins))
+    kept = np.zeros((length, 3))
+    for begin in begins:
+        kept[begin:] = [float(w) for w in mixture.weights(begin)]
+    counts = counts_of(sources, 3)
+    assert (abs(counts - np.cumsum(kept, axis=0)) < 1 + 1e-6).all()
+    for n in (1, 19_999, length):
+        assert mixture.counts(n).tolist() == counts[n - 1].tolist()
+
+
 def test_a_change_waits_for_the_end_of_its_period() -> None:
     mixture = Mixture({0: [1, 2], 4: [1, 0]})
     assert mixture.locate(np.arange(9))[0].tolist()[6:] == [0, 0, 0]

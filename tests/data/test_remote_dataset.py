@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 
 from groundwork.data.batch_plan import BatchPlan
 from groundwork.data.cache import CacheConfig
-from groundwork.data.dataset import open_dataset
+from groundwork.data.dataset import Dataset, open_dataset
 from groundwork.data.mixture import Mixture
 from groundwork.data.samples import Concept, Sample
 from groundwork.data.shard_index import ShardError
 from groundwork.data.shards import write_shards
+from groundwork.data.storage import open_storage
+from groundwork.data.storage_errors import StorageError
+from groundwork.data.storage_retry import RetryConfig
 from groundwork.data.stream import Source, Stream
 
 
@@ -152,3 +156,28 @@ def test_local_and_remote_sources_mix(files: dict[str, bytes], tmp_path: Path) -
         examples, faults = stream.__getitems__(list(range(40)))
     assert (len(examples), faults) == (40, ())
     assert sources[0].dataset.digest == sources[1].dataset.digest
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_outage_ends_the_stream_at_once_and_replaces_nothing(
+    workers: int, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Else the sequence would depend on how long a server was down."""
+    with fault_server.FaultServer(files) as server:
+        patience = RetryConfig(attempts=2, deadline_s=1.0)
+        storage = open_storage(server.url, CacheConfig(tmp_path), retry=patience)
+        opened = open_dataset(server.url, cache=CacheConfig(tmp_path))
+        dataset = Dataset(storage, opened.table.entries, opened.digest)
+        stream = Stream([Source(dataset, decode)], seed=0)
+        undisturbed = stream.__getitems__(list(range(20)))
+        for block in (path for path in tmp_path.rglob("*") if path.is_file()):
+            block.unlink()
+        server.faults = fault_server.Faults(status=503)
+        afresh = Stream([Source(Dataset(storage, dataset.table.entries, ""), decode)], seed=0)
+        plan = BatchPlan(20, 20, 1, 0)
+        began = time.monotonic()
+        with pytest.raises(StorageError, match="503"):
+            next(afresh.batches(plan, as_list, first_step=0, last_step=1, workers=workers))
+        assert time.monotonic() - began < 20  # and not once for every sample
+        server.faults = fault_server.Faults()
+        assert afresh.__getitems__(list(range(20))) == undisturbed
