@@ -64,7 +64,7 @@ class Mixture:
         begin, before = 0, np.zeros(self.num_sources, np.int64)
         if self.stages:
             last = self.stages[-1]
-            # none where the last change is still waiting for its own beginning: it never takes effect
+            # none where the last change still waits for its own beginning: it takes no effect
             periods = max(0, -(-(start - last.begin) // len(last.table)))
             begin = last.begin + periods * len(last.table)
             before = last.before + periods * last.quotas

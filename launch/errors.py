@@ -46,6 +46,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from groundwork.data.samples import SampleError
     from groundwork.data.shard_index import ShardError
     from groundwork.data.sources.errors import SourceError
+    from groundwork.data.storage_errors import StorageError
     from groundwork.data.stream import UnreadableDataError
     from groundwork.data.text import TokenizerError
     from groundwork.kernels.optional_backends import BackendError
@@ -62,6 +63,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
         SampleError,
         ShardError,
         SourceError,
+        StorageError,
         TokenizerError,
         UnreadableDataError,
         *agreed_errors(),
