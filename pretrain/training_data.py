@@ -129,6 +129,11 @@ def make_mixture(
                 f"data.weight_changes: from_sample {change.from_sample} must be above 0 and come "
                 "once; the weights at 0 are those of data.sources"
             )
+        if len(change.weights) != len(sources):
+            raise ValueError(
+                f"data.weight_changes: {len(change.weights)} weights from sample "
+                f"{change.from_sample} on for {len(sources)} sources"
+            )
         schedule[change.from_sample] = change.weights
     try:
         return Mixture(schedule)
