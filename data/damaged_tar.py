@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from groundwork.data.diagnosis import Diagnosis
-from groundwork.data.index_builder import CELLS_PER_MEMBER, META, MIN_CELLS_ALLOWED, split_name
+from groundwork.data.index_builder import META, are_too_many, split_name
 from groundwork.data.tar_reader import (
     BLOCK,
     EXTENSIONS,
@@ -176,10 +176,10 @@ def _exclude_incomplete(
 
 
 def _exclude_dotted_names(samples: list[FoundSample], problems: list[Problem]) -> None:
-    """The limit that indices have, see `IndexBuilder.columns`."""
+    """The limits that indices have, see `IndexBuilder`."""
     fields = {name for sample in samples for name in sample.members}
     members = sum(len(sample.members) for sample in samples)
-    if len(fields) * len(samples) > MIN_CELLS_ALLOWED + CELLS_PER_MEMBER * members:
+    if are_too_many(len(fields), len(samples), members):
         detail = f"{len(fields):,} different fields: take the dots out of the names"
         problems.append(Problem(samples[0].offset, Diagnosis.TOO_MANY_FIELDS, detail))
         for sample in samples:

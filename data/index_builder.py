@@ -18,6 +18,9 @@ META: Final = re.compile(r"__[^/]*__($|/)")
 #: The image of a sample is the first of these that it has.
 IMAGE_RANKS: Final = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
 NO_IMAGE: Final = len(IMAGE_RANKS)
+#: Different fields that a tar may have. Each takes 20 bytes of index for every sample, and where
+#: there are more the stems have dots in them.
+MAX_FIELDS: Final = 1000
 #: Cells (samples x fields) that any tar may have, and how many more for each member.
 MIN_CELLS_ALLOWED: Final = 2**22
 CELLS_PER_MEMBER: Final = 256
@@ -55,7 +58,7 @@ class IndexBuilder:
         self.keys: set[str] = set()
         self._encoded_keys: list[bytes] = []
         self._columns: dict[str, int] = {}
-        self._present = 0  # bit set of the columns that the present sample has
+        self._last_samples: list[int] = []  # by column, the number of the last sample that has it
         self._image_rank = NO_IMAGE
         self._cells = array("q")  # row, column, offset, size, checksum of each member
         self._sizes = array("i")  # width, height, text bytes of each sample
@@ -84,21 +87,24 @@ class IndexBuilder:
         # names that are not UTF-8 come with lone surrogates
         self._encoded_keys.append(key.encode("utf-8", "backslashreplace"))
         self._sizes.extend((*UNKNOWN, MISSING))
-        self.key, self._present, self._image_rank = key, 0, NO_IMAGE
+        self.key, self._image_rank = key, NO_IMAGE
         self.samples += 1
 
     def add_member(self, field: str, offset: int, size: int, checksum: int, head: bytes) -> None:
         """Note a member of the present sample. head: its content or, of a large one, its beginning.
 
-        Raises RepeatedMemberError for a field that the sample has already.
+        Raises RepeatedMemberError for a field that the sample has already, and for one that is more
+        than MAX_FIELDS.
         """
-        column = self._columns.setdefault(field, len(self._columns))
-        if self._present >> column & 1:
+        column = self._columns.get(field)
+        if column is None:
+            column = self._add_column(field)
+        elif self._last_samples[column] == self.samples:
             raise RepeatedMemberError(
                 f"sample {self.key!r} has two {field!r} members; give every sample its own key",
                 Diagnosis.REPEATED_FIELD,
             )
-        self._present |= 1 << column
+        self._last_samples[column] = self.samples
         self._cells.extend((self.samples - 1, column, offset, size, checksum))
         if field == "txt":
             self._sizes[-1] = min(size, MAX_INT32)
@@ -106,19 +112,33 @@ class IndexBuilder:
             self._image_rank = IMAGE_RANKS[field]
             self._sizes[-3], self._sizes[-2] = image_size(head)
 
+    def _add_column(self, field: str) -> int:
+        column = len(self._columns)
+        if column == MAX_FIELDS:
+            raise self._too_many_fields(f"more than {MAX_FIELDS:,}", field)
+        self._columns[field] = column
+        self._last_samples.append(0)
+        return column
+
+    def _too_many_fields(self, count: str, example: str) -> RepeatedMemberError:
+        return RepeatedMemberError(
+            f"{count} different fields (such as {min(self._columns)!r} and {example!r}) in "
+            f"{self.samples:,} samples: a field is what follows the first dot of a name, so take "
+            "the other dots out of the names",
+            Diagnosis.TOO_MANY_FIELDS,
+        )
+
     def columns(self) -> IndexColumns:
-        """All that was noted, fields in sorted order."""
+        """All that was noted, fields in sorted order.
+
+        Raises RepeatedMemberError where the table would be nearly empty.
+        """
         cells = np.array(self._cells, np.int64).reshape(-1, 5)
         fields = tuple(sorted(self._columns))
-        count = self.samples * len(fields)
-        if count > MIN_CELLS_ALLOWED + CELLS_PER_MEMBER * len(cells):
-            raise RepeatedMemberError(
-                f"{len(fields):,} different fields (such as {fields[0]!r} and {fields[-1]!r}) in "
-                f"{self.samples:,} samples: a field is what follows the first dot of a name, so "
-                "take the other dots out of the names",
-                Diagnosis.TOO_MANY_FIELDS,
-            )
-        order = np.array([fields.index(name) for name in self._columns], np.int64)
+        if are_too_many(len(fields), self.samples, len(cells)):
+            raise self._too_many_fields(f"{len(fields):,}", fields[-1])
+        positions = {name: position for position, name in enumerate(fields)}
+        order = np.array([positions[name] for name in self._columns], np.int64)
         rows, columns = cells[:, 0], order[cells[:, 1]] if len(cells) else cells[:, 1]
         table = np.full((3, self.samples, len(fields)), MISSING, np.int64)
         table[:, rows, columns] = cells[:, 2:].T
@@ -134,6 +154,12 @@ class IndexBuilder:
             heights=sizes[:, 1].copy(),
             text_bytes=sizes[:, 2].copy(),
         )
+
+
+def are_too_many(fields: int, samples: int, members: int) -> bool:
+    """Whether a tar of so many different fields, samples and members is refused."""
+    cells_allowed = MIN_CELLS_ALLOWED + CELLS_PER_MEMBER * members
+    return fields > MAX_FIELDS or fields * samples > cells_allowed
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -86,7 +86,7 @@ class TarShardWriter:
         """Append a sample: one member KEY.FIELD for each field, in sorted order.
 
         Returns the bytes of the contents. Raises ShardError for a key that this tar has already,
-        and for names that would not be read back as they are.
+        for names that would not be read back as they are, and for too many different fields.
         """
         builder, pending, position = self._builder, self._pending, self._position
         if not key.isalnum():  # most keys are plain and need no closer look
@@ -117,7 +117,10 @@ class TarShardWriter:
             else:
                 header = member_header(f"{key}.{field}", size)
             position += len(header)
-            builder.add_member(field, position, size, google_crc32c.value(content), content)
+            try:
+                builder.add_member(field, position, size, google_crc32c.value(content), content)
+            except RepeatedMemberError as error:
+                raise ShardError(f"{self.path}: {error}", error.diagnosis) from error
             pending += (header, content, PADDING[size % BLOCK])
             position += padded(size)
             total += size
@@ -137,7 +140,10 @@ class TarShardWriter:
             if self.sync:
                 os.fsync(self._file.fileno())
             self._file.close()
-            index = index_of(self._builder, self._position)
+            try:
+                index = index_of(self._builder, self._position)
+            except RepeatedMemberError as error:
+                raise ShardError(f"{self.path}: {error}", error.diagnosis) from error
             self._temporary.chmod(0o666 & ~umask())
             self._temporary.replace(self.path)
         except BaseException as error:

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from groundwork.data.diagnosis import Diagnosis
+from groundwork.data.index_builder import MAX_FIELDS, IndexBuilder, RepeatedMemberError
 from groundwork.data.shard_index import (
     MISSING,
     OutdatedIndexError,
@@ -578,11 +580,58 @@ def test_tars_that_were_joined_are_told_apart(tmp_path: Path) -> None:
 def test_names_that_make_thousands_of_fields_are_refused_before_they_fill_memory(
     tmp_path: Path,
 ) -> None:
-    count = 8000
-    members = [(f"k{i}.field{i}", b"") for i in range(count)]
+    members = [(f"k{i}.field{i}", b"") for i in range(8000)]
     tar = write_tar(tmp_path / "x.tar", members)
-    with pytest.raises(ShardError, match=r"x\.tar: 8,000 different fields .*dots"):
+    with pytest.raises(
+        ShardError, match=r"x\.tar: more than 1,000 different fields .*dots"
+    ) as caught:
         scan_tar(tar)
+    assert caught.value.diagnosis is Diagnosis.TOO_MANY_FIELDS
+    with (
+        pytest.raises(ShardError, match=r"y\.tar: more than 1,000 different fields") as caught,
+        TarShardWriter(tmp_path / "y.tar") as writer,
+    ):
+        writer.write("a", {f"x{i:04}": b"" for i in range(MAX_FIELDS + 1)})
+    assert caught.value.diagnosis is Diagnosis.TOO_MANY_FIELDS
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+def test_a_sample_may_have_as_many_fields_as_a_tar() -> None:
+    builder = IndexBuilder()
+    for sample in ("a", "b"):
+        for i in range(MAX_FIELDS):
+            assert builder.begin_member(f"{sample}.x{i}") == f"x{i}"
+            builder.add_member(f"x{i}", i, 1, i, b"")
+    columns = builder.columns()
+    assert columns.fields == tuple(sorted(f"x{i}" for i in range(MAX_FIELDS)))
+    for offsets in columns.offsets:
+        assert [f"x{offset}" for offset in offsets] == list(columns.fields)
+    for field, message in (("x7", "two 'x7' members"), ("y", "more than 1,000 different")):
+        with pytest.raises(RepeatedMemberError, match=message):
+            builder.add_member(field, 0, 1, 0, b"")
+
+
+def test_a_table_that_would_be_nearly_empty_is_refused() -> None:
+    builder = IndexBuilder()
+    for i in range(8000):
+        builder.begin_sample(str(i))
+        builder.add_member(f"x{i % MAX_FIELDS}", i, 1, i, b"")
+    with pytest.raises(
+        RepeatedMemberError, match=r"1,000 different fields .* 8,000 samples"
+    ) as caught:
+        builder.columns()
+    assert caught.value.diagnosis is Diagnosis.TOO_MANY_FIELDS
+
+
+def test_many_members_of_different_names_are_refused_at_once(tmp_path: Path) -> None:
+    names = {"sample": "a.x{:06}", "names": "v1.{:06}.jpg"}
+    for file, name in names.items():
+        members = [(name.format(i), b"") for i in range(40_000)]
+        tar = write_tar(tmp_path / f"{file}.tar", members)
+        begin = time.process_time()
+        with pytest.raises(ShardError, match="more than 1,000 different fields"):
+            scan_tar(tar)
+        assert time.process_time() - begin < 2  # all of it took 9 s once
 
 
 def sealed_header(block: bytearray) -> None:
