@@ -213,6 +213,15 @@ def _version(answer: requests.Response) -> str:
 def _refuse(answer: requests.Response) -> None:
     status = answer.status_code
     if status in (200, 206, 416):
+        encoding = answer.headers.get("Content-Encoding", "").strip().lower()
+        # some servers call a file that is compressed where it lies encoded; its bytes are the file
+        packed = urlsplit(answer.url).path.lower().endswith((".gz", ".tgz"))
+        if encoding not in ("", "identity") and not packed:
+            raise PermanentError(
+                f"the server sends it compressed (Content-Encoding: {encoding}), though it was "
+                "asked for the bytes as they are (Accept-Encoding: identity)",
+                "turn compression off for these files, on the server or the proxy before it",
+            )
         return
     reason = f"the server answers {status} {answer.reason or ''}".rstrip()
     if status in PASSING or status >= 500:

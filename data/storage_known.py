@@ -4,10 +4,11 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from groundwork.data.cache import BlockCache, block_key
-from groundwork.data.storage_errors import redact
+from groundwork.data.storage_identity import identity
 from groundwork.data.storage_transport import FileInfo
 
 
@@ -18,10 +19,10 @@ class KnownFiles:
     step is one operation on a dictionary.
     """
 
-    def __init__(self, url: str, cache: BlockCache | None) -> None:
+    def __init__(self, url: str, options: Mapping[str, Any], cache: BlockCache | None) -> None:
         self.cache = cache
         # signatures and passwords change while the data stays, so they are not part of its name
-        self.identity = redact(url).rstrip("/")
+        self.identity = identity(url, options)
         self._url_digest = hashlib.sha256(url.encode()).hexdigest()
         self._known: dict[str, tuple[FileInfo, float]] = {}
 
@@ -58,7 +59,7 @@ class KnownFiles:
 
     def block_key(self, name: str, info: FileInfo, block_bytes: int, number: int) -> str:
         """The name of a block in the cache: another version of the file has other blocks."""
-        # without a version the query may be what tells one file from another
+        # without a version even the signature may be what tells one file from another
         version = info.version or self._url_digest
         return block_key("block", self.identity, name, info.size, version, block_bytes, number)
 

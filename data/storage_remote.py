@@ -109,7 +109,7 @@ class RemoteStorage:
                 "give the cache room for many, or make blocks smaller (RemoteConfig.block_bytes)"
             )
         self.cache = None if cache is None else BlockCache(cache)
-        self.known = KnownFiles(url, self.cache)
+        self.known = KnownFiles(url, self.config.options, self.cache)
         self._processes: dict[int, _Process] = {}
 
     def __getstate__(self) -> dict[str, Any]:

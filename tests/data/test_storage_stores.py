@@ -160,7 +160,15 @@ def test_a_cached_data_set_is_read_without_its_s3(
 ) -> None:
     wanted = members(data_set)
     assert read_all(on_s3(s3[1], tmp_path), wanted, 0) == len(wanted)
-    nowhere = {**s3[1], "endpoint_url": "http://127.0.0.1:9"}
+    # another endpoint would be another data set, so this one is put out of reach
+    nowhere = {
+        **s3[1],
+        "config_kwargs": {
+            "proxies": {"http": "http://127.0.0.1:9"},
+            "connect_timeout": 1,
+            "retries": {"max_attempts": 0},
+        },
+    }
     assert read_all(on_s3(nowhere, tmp_path), wanted, 1) == len(wanted)
     start = time.monotonic()
     with pytest.raises(StorageError, match="failed 12 times"):
