@@ -47,6 +47,8 @@ REPAIR = "repair.json"
 FORMAT = "groundwork-shards"
 FORMAT_VERSION = 1
 REBUILD = "build the data set again with `groundwork shards build SOURCE --out DIR`"
+#: No size, count or sum of a data set is larger: what numpy and `len` hold.
+MAX_COUNT = 2**63 - 1
 #: Contents that the statistics name as examples of duplicates, and samples of each.
 MAX_EXAMPLES = 10
 
@@ -309,6 +311,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         files = [shard.file for split in splits.values() for shard in split]
         if len(set(files)) != len(files):
             raise ValueError("it names a shard twice")
+        shards = [shard for split in splits.values() for shard in split]
+        if max(sum(s.samples for s in shards), sum(s.bytes for s in shards)) > MAX_COUNT:
+            raise ValueError("its shards together have more than 2^63 - 1 samples or bytes")
         manifest = Manifest(record["name"], record["source"], record["licence"], splits)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(
@@ -338,8 +343,10 @@ def read_statistics(directory: Path) -> Statistics | None:
 def _shard(record: Any) -> Shard:
     shard = Shard(**record)
     counts = (shard.samples, shard.bytes, shard.crc32c)
-    if not isinstance(shard.file, str) or any(type(n) is not int or n < 0 for n in counts):
-        raise ValueError(f"shard {record}")
+    if not isinstance(shard.file, str) or any(
+        type(n) is not int or not 0 <= n <= MAX_COUNT for n in counts
+    ):
+        raise ValueError(f"a count or size of shard {str(record)[:300]} is not from 0 to 2^63 - 1")
     return shard
 
 

@@ -36,7 +36,8 @@ def read_json(path: Path) -> Any:
             f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg}); the file "
             "is damaged or was not fully fetched: fetch it again"
         ) from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        # not UTF-8, nested too deep, or a number of more digits than Python reads
         raise SourceError(f"{path}: not JSON ({error}); fetch the file again") from error
 
 
@@ -92,7 +93,7 @@ class JsonFile:
         with self.path.open("rb") as file:
             try:
                 yield from ijson.items(file, prefix, use_float=True)
-            except (ijson.JSONError, UnicodeDecodeError) as error:
+            except (ijson.JSONError, ValueError) as error:
                 raise SourceError(
                     f"{self.path}: byte {file.tell()} or before: not JSON "
                     f"({str(error).splitlines()[0]}); the file is damaged or was not fully "

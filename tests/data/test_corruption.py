@@ -681,6 +681,12 @@ MANIFESTS: dict[str, tuple[Diagnosis, str, str, Edit]] = {
             json.dumps(record_of(folder)).replace("train-000001.tar", "../x.tar")
         ),
     ),
+    "more samples than can be": (
+        *(Diagnosis.BAD_MANIFEST, MANIFEST, "not from 0 to 2"),
+        lambda folder: (folder / MANIFEST).write_text(
+            (folder / MANIFEST).read_text().replace('"samples": 6', f'"samples": {10**30}', 1)
+        ),
+    ),
     "bad concepts": (
         *(Diagnosis.BAD_CONCEPTS, "concepts.json", "not a list of concepts"),
         lambda folder: (folder / "concepts.json").write_bytes(b"[1]"),

@@ -15,6 +15,7 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from groundwork.data.diagnosis import Diagnosis
 from groundwork.data.samples import Concept, Sample
 from groundwork.data.shard_index import ShardError, index_path, read_index, scan_tar
 from groundwork.data.shards import (
@@ -318,6 +319,17 @@ def twice(record: Any) -> None:
         lambda r: r["splits"]["train"][0].update(file=7),
         lambda r: r["splits"]["train"][0].update(bytes="7"),
         lambda r: r["splits"]["train"][0].update(samples=-1),
+        *(
+            lambda r, name=name, value=value: r["splits"]["train"][0].update({name: value})
+            for name in ("samples", "bytes", "crc32c")
+            for value in (2**63, 10**30)
+        ),
+        *(
+            lambda r, name=name: r["splits"].update(
+                {"val": [{**r["splits"]["train"][0], "file": "val-000000.tar", name: 2**63 - 1}]}
+            )
+            for name in ("samples", "bytes")  # each is one that can be, their sum is not
+        ),
         lambda r: r["splits"]["train"][0].update(colour="red"),
         twice,
     ],
@@ -325,8 +337,11 @@ def twice(record: Any) -> None:
 def test_a_wrong_manifest_is_refused(edit: Any, tmp_path: Path) -> None:
     write(some(2), tmp_path / "out")
     edited(tmp_path / "out", edit)
-    with pytest.raises(ShardError, match=r"manifest\.json: not a groundwork manifest .*build"):
+    with pytest.raises(
+        ShardError, match=r"manifest\.json: not a groundwork manifest .*build"
+    ) as caught:
         read_manifest(tmp_path / "out")
+    assert caught.value.diagnosis is Diagnosis.BAD_MANIFEST
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff", b'{"format": '])

@@ -161,6 +161,17 @@ def test_a_large_file_is_read_record_by_record_with_the_same_result(
         list(coco_samples(CocoConfig(root)))
 
 
+@pytest.mark.parametrize("large_file", [2**28, 0])
+def test_a_number_of_too_many_digits_is_named_with_its_file(
+    large_file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_files, "LARGE_FILE", large_file)
+    path = tmp_path / "a.json"
+    path.write_text('{"images": [{"id": ' + "9" * 5000 + "}]}")
+    with pytest.raises(SourceError, match=r"a\.json: .*not JSON .*fetch"):
+        list(json_files.JsonFile(path).records("images"))
+
+
 def first_annotation(**changes: Any) -> Any:
     return lambda record: record["annotations"][0].update(changes)
 
