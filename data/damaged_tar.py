@@ -33,20 +33,20 @@ BREAKS: Final = frozenset(
         Diagnosis.TRUNCATED_TAR,
         Diagnosis.DAMAGED_TAR,
         Diagnosis.NOT_A_TAR,
-        Diagnosis.UNSAFE_PATH,
-        Diagnosis.SPECIAL_MEMBER,
-        Diagnosis.SPARSE_MEMBER,
     )
 )
 
 
 class Problem(NamedTuple):
-    """What is wrong at a byte of a tar. key: of the sample, empty where it is none's."""
+    """What is wrong at a byte of a tar. key: of the sample, empty where it is none's. member: name
+    of the one that is refused, empty where what is lost has no name.
+    """
 
     offset: int
     diagnosis: Diagnosis
     detail: str
     key: str = ""
+    member: str = ""
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ def readable_members(reader: TarReader) -> Iterator[Member | Problem]:
             return
         except TarFormatError as error:
             if error.offset > last_problem:  # else what follows joined tars is none, said already
-                yield Problem(error.offset, error.diagnosis, str(error))
+                yield Problem(error.offset, error.diagnosis, str(error), member=error.member)
             last_problem = error.offset
             if error.diagnosis is Diagnosis.TRUNCATED_TAR:
                 return
@@ -106,21 +106,24 @@ def find_samples(reader: TarReader) -> TarContent:
     """Group the members of a tar into samples, whatever is wrong with it.
 
     The first sample of a key stays. Members that come back to a key with fields that it lacks are
-    taken to be the rest of it. A sample beside a break stays if it has the fields that the samples
-    of this tar usually have.
+    taken to be the rest of it. A sample beside a break, or with a member that is refused, stays if
+    it has the fields that the samples of this tar usually have.
     """
     samples: list[FoundSample] = []
     repeated: list[FoundSample] = []
     problems: list[Problem] = []
     by_key: dict[str, FoundSample] = {}
     at_break: list[tuple[FoundSample, Problem]] = []
+    refused: list[Problem] = []
     pending: Problem | None = None  # a break behind which no member has come yet
     current = FoundSample("")
     end, pax_headers, first_pax = 0, 0, 0
     for item in readable_members(reader):
         if isinstance(item, Problem):
             problems.append(item)
-            if item.diagnosis in BREAKS:
+            if item.member:
+                refused.append(item)
+            elif item.diagnosis in BREAKS:
                 pending = item
                 at_break.append((current, item))
             continue
@@ -128,9 +131,7 @@ def find_samples(reader: TarReader) -> TarContent:
             pax_headers += 1
             first_pax = first_pax or end
         end = item.offset + padded(item.size)
-        key, field_name = split_name(item.name)
-        # names that are not UTF-8 as in the index
-        key = key.encode("utf-8", "backslashreplace").decode("utf-8")
+        key, field_name = _split_name(item.name)
         if not field_name or (item.name.startswith("__") and META.match(item.name)):
             continue
         if key != current.key:
@@ -154,9 +155,18 @@ def find_samples(reader: TarReader) -> TarContent:
         if pending is not None:
             at_break.append((current, pending))
             pending = None
+    for problem in refused:  # its own sample lacks it, those beside it lack nothing
+        if (sample := by_key.get(_split_name(problem.member)[0])) is not None:
+            at_break.append((sample, problem))
     _exclude_incomplete(samples, at_break)
     _exclude_dotted_names(samples, problems)
     return TarContent(samples, problems, repeated, pax_headers, first_pax)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    key, field_name = split_name(name)
+    # names that are not UTF-8 as in the index
+    return key.encode("utf-8", "backslashreplace").decode("utf-8"), field_name
 
 
 def _exclude_incomplete(

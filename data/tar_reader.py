@@ -29,14 +29,20 @@ class TarFormatError(ValueError):
     """A tar that is not read; the message says why, without the name of the file.
 
     offset: of the header or block at fault. resume: where the next member begins, where the fault
-    does not hide that.
+    does not hide that. member: name of the one that is refused; empty where the fault is none's.
     """
 
     def __init__(
-        self, message: str, diagnosis: Diagnosis, offset: int, resume: int | None = None
+        self,
+        message: str,
+        diagnosis: Diagnosis,
+        offset: int,
+        resume: int | None = None,
+        member: str = "",
     ) -> None:
         super().__init__(message)
         self.diagnosis, self.offset, self.resume = diagnosis, offset, resume
+        self.member = member
 
 
 class Member(NamedTuple):
@@ -98,6 +104,7 @@ class TarReader:
             if "size" in overrides:
                 size = self._pax_size(overrides["size"], position)
             if kind == FOLDER or (kind == b"\0" and name.endswith("/")):
+                self._check_path(name, position, data)
                 position = data
             else:
                 header_at, position = position, data + padded(size)
@@ -121,7 +128,10 @@ class TarReader:
     def _read_extension(
         self, kind: bytes, offset: int, size: int, overrides: dict[str, bytes]
     ) -> None:
-        """Take up what a pax or GNU header says of the member behind it; the first one wins."""
+        """Take up what a pax or GNU header says of the member behind it.
+
+        Of several headers the first one wins, of several records in one the last, as for tarfile.
+        """
         self._check_extent(offset - BLOCK, offset + padded(size))
         if size > MAX_EXTENSION:
             raise TarFormatError(
@@ -135,7 +145,7 @@ class TarReader:
         if kind == GNU_LONG_NAME:
             overrides.setdefault("path", content.partition(b"\0")[0])
         elif kind in (PAX, PAX_SOLARIS, PAX_GLOBAL):
-            for keyword, value in self._pax_records(content, offset):
+            for keyword, value in dict(self._pax_records(content, offset)).items():
                 if keyword in ("path", "size") or keyword.startswith("GNU.sparse."):
                     if kind == PAX_GLOBAL:
                         raise TarFormatError(
@@ -180,21 +190,28 @@ class TarReader:
     ) -> None:
         is_sparse = kind == GNU_SPARSE or any(k.startswith("GNU.") for k in overrides)
         if kind not in REGULAR or is_sparse:
+            # what pax calls a sparse file in its header is not what it is called when unpacked
+            stored = overrides.get("GNU.sparse.name", b"").decode("utf-8", "surrogateescape")
             raise TarFormatError(
                 f"member {name!r} is a link, a device or a sparse file; a data tar holds regular "
                 "files only, so this one is not read",
                 Diagnosis.SPARSE_MEMBER if is_sparse else Diagnosis.SPECIAL_MEMBER,
                 header_at,
                 end,
+                stored or name,
             )
+        self._check_extent(header_at, end)
+        self._check_path(name, header_at, end)
+
+    def _check_path(self, name: str, header_at: int, end: int) -> None:
         if name.startswith("/") or (".." in name and ".." in name.split("/")):
             raise TarFormatError(
                 f"member {name!r} has an absolute or parent path; such tars are not read",
                 Diagnosis.UNSAFE_PATH,
                 header_at,
                 end,
+                name,
             )
-        self._check_extent(header_at, end)
 
     def _check_extent(self, header_at: int, end: int) -> None:
         if end > self.tar_bytes:

@@ -498,6 +498,50 @@ REFUSED = {
 }
 
 
+PICTURE = good_samples()["k00"]["jpg"]
+#: Name -> (diagnosis, the member that is refused, its bytes).
+BETWEEN: dict[str, tuple[Diagnosis, bytes]] = {
+    "link": (Diagnosis.SPECIAL_MEMBER, special("x.jpg", tarfile.SYMTYPE, linkname="a.jpg")),
+    "fifo": (Diagnosis.SPECIAL_MEMBER, special("x", tarfile.FIFOTYPE)),
+    "absolute path": (Diagnosis.UNSAFE_PATH, with_data("/x.jpg")),
+    "folder with a parent path": (Diagnosis.UNSAFE_PATH, special("../d/", tarfile.DIRTYPE)),
+    "sparse file": (Diagnosis.SPARSE_MEMBER, sparse_of_pax()),
+}
+
+
+@pytest.mark.parametrize("kind", BETWEEN)
+def test_the_neighbours_of_a_refused_member_are_kept(kind: str, tmp_path: Path) -> None:
+    diagnosis, data = BETWEEN[kind]
+    tar = tmp_path / "o" / "x.tar"
+    tar.parent.mkdir()
+    good = {key: {"jpg": PICTURE, "txt": key.encode()} for key in ("a", "b")}
+    write_tar(
+        tar, [(f"{key}.{name}", d) for key, fields in good.items() for name, d in fields.items()]
+    )
+    insert(tar, "b.jpg", data)
+    (finding,) = bad_of(tar.parent)
+    assert (finding.key, finding.diagnosis, finding.row) == ("", diagnosis, -1)
+    repair(str(tar.parent), tmp_path / "r")
+    assert stored_in(tmp_path / "r") == {"train": good}
+
+
+def test_the_sample_of_a_refused_member_is_left_out(tmp_path: Path) -> None:
+    tar = tmp_path / "o" / "x.tar"
+    tar.parent.mkdir()
+    good = [
+        (f"{key}.{name}", data) for key in "abc" for name, data in (("jpg", PICTURE), ("txt", b"1"))
+    ]
+    write_tar(tar, [member for member in good if member[0] != "b.jpg"])
+    # far from the rest of its sample, and before it
+    insert(tar, "a.jpg", special("b.jpg", tarfile.SYMTYPE, linkname="a.jpg"))
+    first, second = bad_of(tar.parent)
+    assert (first.key, first.offset, first.diagnosis) == ("", 0, Diagnosis.SPECIAL_MEMBER)
+    assert (second.key, second.diagnosis) == ("b", Diagnosis.SPECIAL_MEMBER)
+    assert "may lack members: member 'b.jpg' is a link" in second.detail
+    repair(str(tar.parent), tmp_path / "r")
+    assert list(stored_in(tmp_path / "r")["train"]) == ["a", "c"]
+
+
 def second_archive(tar: Path) -> bytes:
     other = tar.with_name("other")
     write_tar(other, [(f"z{name}", data) for name, data in members_of(["k06"])])

@@ -172,6 +172,19 @@ def test_absolute_and_parent_paths_are_refused(name: str, tmp_path: Path) -> Non
         scan_tar(tar)
 
 
+@pytest.mark.parametrize("name", ["/etc", "../d", "a/../../d", ".."])
+def test_absolute_and_parent_paths_of_folders_are_refused(name: str, tmp_path: Path) -> None:
+    tar = tmp_path / "x.tar"
+    with tarfile.open(tar, "w") as archive:
+        folder = tarfile.TarInfo(name)
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        archive.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(ShardError, match="absolute or parent path") as caught:
+        scan_tar(tar)
+    assert caught.value.diagnosis is Diagnosis.UNSAFE_PATH
+
+
 KINDS = ["LNKTYPE", "SYMTYPE", "CHRTYPE", "BLKTYPE", "FIFOTYPE", "GNUTYPE_SPARSE"]
 
 
@@ -536,6 +549,14 @@ def test_pax_headers_name_members_and_others_are_passed_over(tmp_path: Path) -> 
     records = b"30 mtime=1700000000.123456789\n16 path=b/c.jpg\n"
     tar = pax_tar(tmp_path / "x.tar", records)
     assert content(scan_tar(tar), tar) == {"b/c": {"jpg": b"abc"}}
+
+
+def test_of_two_records_in_a_pax_header_the_last_wins(tmp_path: Path) -> None:
+    records = b"14 path=c.jpg\n14 path=b.jpg\n10 size=1\n10 size=3\n"
+    tar = pax_tar(tmp_path / "x.tar", records)
+    assert content(scan_tar(tar), tar) == {"b": {"jpg": b"abc"}}
+    with tarfile.open(tar) as archive:
+        assert [(member.name, member.size) for member in archive] == [("b.jpg", 3)]
 
 
 @pytest.mark.parametrize(
