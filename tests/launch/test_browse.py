@@ -36,6 +36,8 @@ class Browsing:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # ignored in all that a shell without job control runs in the background
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert self.process.stdout is not None
         self.printed = ""
