@@ -12,19 +12,13 @@ the same bytes.
 
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
 import shutil
-import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -51,6 +45,7 @@ from groundwork.data.split_writer import (
     write_splits,
 )
 from groundwork.data.statistics import SplitStatistics
+from groundwork.data.worker_processes import worker_processes
 
 #: A unit: what `json.dumps` takes.
 Unit = Any
@@ -244,6 +239,7 @@ def _finished_units(
         yield from map(task, digests, units)
         return
     waiting = iter(zip(digests, units, strict=True))
+    # units in the making are finished at the end, and taken over by the next build
     with worker_processes(min(workers, len(units) or 1)) as executor:
         pending: deque[Future[_UnitShards]] = deque(
             executor.submit(task, *unit) for unit in islice(waiting, LOOK_AHEAD * workers)
@@ -252,32 +248,6 @@ def _finished_units(
             finished = pending.popleft().result()
             pending.extend(executor.submit(task, *unit) for unit in islice(waiting, 1))
             yield finished
-
-
-@contextmanager
-def worker_processes(workers: int) -> Iterator[ProcessPoolExecutor]:
-    # spawned, not forked: the caller may hold threads (torch) that do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, _start_worker)
-    try:
-        yield executor
-    finally:
-        # units in the making are finished, and taken over by the next build
-        executor.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent process, and end with it however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=partial(_end_with, parent.sentinel), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    # an orphan would go on writing beside the next build
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
 
 
 def _link_shards(

@@ -19,7 +19,6 @@ import numpy as np
 
 from groundwork.data.diagnosis import Diagnosis
 from groundwork.data.duplicates import NO_IMAGE, equal_hashes, hash64, write_run
-from groundwork.data.shard_builder import worker_processes
 from groundwork.data.shard_check import (
     CheckedShard,
     Checks,
@@ -32,6 +31,7 @@ from groundwork.data.shard_patterns import expand_braces
 from groundwork.data.shards import CONCEPTS, MANIFEST, Manifest, parse_manifest, read_concepts
 from groundwork.data.split_writer import SPLIT
 from groundwork.data.storage import is_remote
+from groundwork.data.worker_processes import worker_processes
 
 #: The split of tars without a manifest.
 ONLY_SPLIT: Final = "train"

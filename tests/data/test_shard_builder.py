@@ -357,7 +357,7 @@ def test_a_worker_that_dies_ends_the_build_with_a_message(reader: Any, tmp_path:
     assert read_manifest(tmp_path / "out").samples("train") == 9
 
 
-def start_builder(folder: Path) -> subprocess.Popen[str]:
+def start_builder(folder: Path, **options: Any) -> subprocess.Popen[str]:
     (folder / "builder.py").write_text(BUILDER)
     namespace = str(Path(__file__).parents[1] / "namespace")
     return subprocess.Popen(
@@ -366,7 +366,28 @@ def start_builder(folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": namespace},
+        **options,
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_build_holds_nothing_that_outlives_the_kill_of_its_process_group(
+    reader: Any, tmp_path: Path
+) -> None:
+    killed = start_builder(tmp_path, start_new_session=True)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "1 0\n"
+    builder = psutil.Process(killed.pid)
+    group = [builder, *builder.children(recursive=True)]
+    try:
+        mapped = {Path(m.path).name for process in group for m in process.memory_maps()}
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.communicate()
+    assert psutil.wait_procs(group, timeout=30)[1] == []
+    assert any(name.startswith("python") for name in mapped)
+    # the semaphores of multiprocessing stay in /dev/shm if all who know them are killed
+    assert not [name for name in mapped if name.startswith("sem.")]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
