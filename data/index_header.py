@@ -118,12 +118,14 @@ def parse_index_header(data: bytes, name: str, file_bytes: int | None = None) ->
         record = json.loads(header)
         samples, tar_bytes = record["samples"], record["tar_bytes"]
         fields = tuple(record["fields"])
-        if any(type(n) is not int or n < 0 for n in (samples, tar_bytes)) or not all(
+        if any(type(n) is not int or not 0 <= n < 2**63 for n in (samples, tar_bytes)) or not all(
             isinstance(field, str) for field in fields
         ):
             raise ValueError("samples, tar_bytes or fields")
         if version == 2:
             sections = _sections_of_version_2(samples, len(fields), end + -end % ALIGNMENT)
+            if file_bytes is not None and sections["key_ends"].end > file_bytes:
+                raise ValueError(f"{samples:,} samples end behind the file")
             return IndexHeader(version, tar_bytes, samples, fields, "", 0, sections)
         sections = {
             section[0]: Section(str(section[1]), tuple(section[2]), section[3], section[4])

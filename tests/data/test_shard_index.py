@@ -459,6 +459,22 @@ def test_version_2_is_read_with_unknown_sizes(pictures: Path, tmp_path: Path) ->
             parse_index(data[:cut], "x.idx", None)
 
 
+@pytest.mark.parametrize("samples", [10, 2**63 - 1, 2**63, 10**30])
+def test_version_2_of_more_samples_than_fit_the_file_is_refused(
+    samples: int, pictures: Path, tmp_path: Path
+) -> None:
+    data = version_2(scan_tar(pictures))
+    length = int.from_bytes(data[8:12], "little")
+    record = {**json.loads(data[16 : 16 + length]), "samples": samples}
+    header = json.dumps(record).encode()
+    path = tmp_path / "x.idx"
+    path.write_bytes(
+        data[:8] + len(header).to_bytes(4, "little") + data[12:16] + header + data[16 + length :]
+    )
+    with pytest.raises(ShardError, match=r"x\.idx: malformed .*delete it"):
+        read_index_header(path)
+
+
 def resealed(data: bytes, edit: Any) -> bytes:
     """The side-car with another header, whose checksum is right."""
     length = int.from_bytes(data[8:12], "little")
@@ -482,6 +498,7 @@ EDITS = [
     lambda r: r.update(fields=[1]),
     lambda r: r.update(fields=None),
     lambda r: r.update(tar_bytes=600),
+    lambda r: r.update(tar_bytes=10**30),
     lambda r: r.update(sections=[]),
     lambda r: r.update(sections={"offsets": 1}),
     lambda r: r.pop("file_bytes"),
