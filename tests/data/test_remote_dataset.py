@@ -164,10 +164,9 @@ def test_an_outage_ends_the_stream_at_once_and_replaces_nothing(
 ) -> None:
     """Else the sequence would depend on how long a server was down."""
     with fault_server.FaultServer(files) as server:
-        patience = RetryConfig(attempts=2, deadline_s=1.0)
+        patience = RetryConfig(attempts=2, deadline_s=2.0)
         storage = open_storage(server.url, CacheConfig(tmp_path), retry=patience)
-        opened = open_dataset(server.url, cache=CacheConfig(tmp_path))
-        dataset = Dataset(storage, opened.table.entries, opened.digest)
+        dataset = open_dataset(server.url, cache=CacheConfig(tmp_path))
         stream = Stream([Source(dataset, decode)], seed=0)
         undisturbed = stream.__getitems__(list(range(20)))
         for block in (path for path in tmp_path.rglob("*") if path.is_file()):
@@ -180,4 +179,5 @@ def test_an_outage_ends_the_stream_at_once_and_replaces_nothing(
             next(afresh.batches(plan, as_list, first_step=0, last_step=1, workers=workers))
         assert time.monotonic() - began < 20  # and not once for every sample
         server.faults = fault_server.Faults()
-        assert afresh.__getitems__(list(range(20))) == undisturbed
+        later = Stream([Source(open_dataset(server.url), decode)], seed=0)
+        assert later.__getitems__(list(range(20))) == undisturbed

@@ -1,12 +1,13 @@
 import os
 import signal
+import threading
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children
-from typing import Any
 
 import pytest
 
 from groundwork.data.shard_index import ShardError
+from groundwork.data.shards import parse_manifest
 from groundwork.data.worker_processes import worker_processes
 
 
@@ -21,22 +22,14 @@ def test_calls_are_spread_and_answered() -> None:
     assert set(active_children()) == before
 
 
-def refuse(message: str) -> None:
-    raise ShardError(message)
-
-
-def local_function() -> Any:
-    return lambda: None
-
-
 def test_what_a_call_raises_comes_back_and_the_next_call_is_answered() -> None:
     with worker_processes(1) as processes:
         with pytest.raises(ShardError) as caught:
-            processes.submit(refuse, "x.tar: why").result()
-        assert str(caught.value) == "x.tar: why"
-        assert "in refuse" in "".join(caught.value.__notes__)  # where, in the other process
+            processes.submit(parse_manifest, b"{", "x.json").result()
+        assert str(caught.value).startswith("x.json: not a groundwork manifest")
+        assert "in parse_manifest" in "".join(caught.value.__notes__)  # where, in the other process
         with pytest.raises(RuntimeError, match="the result cannot be sent"):
-            processes.submit(local_function).result()
+            processes.submit(threading.Lock).result()
         with pytest.raises(AttributeError):
             processes.submit(lambda: None).result()
         assert processes.submit(abs, -3).result() == 3
