@@ -20,6 +20,7 @@ from groundwork.data.sources import (
     vqa,
 )
 from groundwork.launch.errors import reporting
+from groundwork.launch.shards_build import Overwrite
 from groundwork.launch.shards_import_run import (
     Annotation,
     Check,
@@ -27,7 +28,6 @@ from groundwork.launch.shards_import_run import (
     Images,
     Licence,
     Out,
-    Overwrite,
     Root,
     Seed,
     SkipBad,

@@ -16,6 +16,7 @@ from groundwork.data.sources import (
 )
 from groundwork.data.sources.tar_fields import TarFields
 from groundwork.launch.errors import reporting
+from groundwork.launch.shards_build import Overwrite
 from groundwork.launch.shards_import_run import (
     DEFAULTS,
     Check,
@@ -24,7 +25,6 @@ from groundwork.launch.shards_import_run import (
     LabelField,
     Licence,
     Out,
-    Overwrite,
     Parts,
     Root,
     Seed,

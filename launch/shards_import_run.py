@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 
 from groundwork.data.samples import Concept, Sample
@@ -16,8 +15,7 @@ from groundwork.data.shard_builder import Note, Unit
 from groundwork.data.sources.errors import SourceError
 from groundwork.data.sources.report import ImportReport
 from groundwork.data.sources.tar_fields import TarFields
-
-console = Console(stderr=True, highlight=False)
+from groundwork.launch.shards_build import build, console, is_built, write
 
 Root = Annotated[Path, typer.Argument(help="Folder of the raw data, as published.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the data set to be written.")]
@@ -26,7 +24,6 @@ Check = Annotated[
 ]
 SkipBad = Annotated[bool, typer.Option(help="List and count bad items instead of ending.")]
 Licence = Annotated[str, typer.Option(help="Licence of the data.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace a data set built with other settings.")]
 Splits = Annotated[list[str] | None, typer.Option("--split", help="May be given several times.")]
 Split = Annotated[str, typer.Option(help="Name of the split that is made.")]
 ImageField = Annotated[str, typer.Option("--image", help="Members that hold the image.")]
@@ -82,9 +79,6 @@ def run_import(
 
     parts: of a source that several processes can read.
     """
-    # launch/shards.py registers these commands, so its parts cannot be imported before
-    from groundwork.launch.shards import _build, _is_built, _write
-
     word = "bad" if destination.check else "skipped"
     report = ImportReport(
         # one line each, however long, so that lists can be filtered
@@ -98,16 +92,16 @@ def run_import(
         raise SourceError("give --out FOLDER, or --check to read the data and write nothing")
     source = {"kind": kind, **_plain(asdict(config))}
     out = destination.out
-    if _is_built(out, source, destination.overwrite, inputs):
+    if is_built(out, source, destination.overwrite, inputs):
         return 0
     name = inputs[0].resolve().stem
     if parts is not None:
         read = partial(parts.read, config)
         units = parts.units(config)
-        _build(units, read, out, name, source, destination.licence, [], parts.workers)
+        build(units, read, out, name, source, destination.licence, [], parts.workers)
         return 0
     named = concepts(config)
-    _write(samples(config, report), None, out, name, source, destination.licence, named)
+    write(samples(config, report), None, out, name, source, destination.licence, named)
     if report.summary():
         console.print(report.summary(), markup=False)
     return 0

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -18,10 +17,11 @@ from groundwork.data.sources.scenes import (
 )
 from groundwork.data.sources.scenes_encoding import has_mp4
 from groundwork.launch.errors import reporting
+from groundwork.launch.shards_build import Out, Overwrite, build, is_built
 
 
 def build_scenes(
-    out: Annotated[Path, typer.Option(help="Folder of the data set.")],
+    out: Out,
     image_size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 96,
     train: Annotated[int, typer.Option(help="Scenes of the split `train`.")] = 10_000,
     val: Annotated[int, typer.Option(help="Scenes of the split `val`.")] = 1_000,
@@ -38,13 +38,9 @@ def build_scenes(
         Literal["auto", "mp4", "png"], typer.Option(help="auto: mp4 where PyAV is installed.")
     ] = "auto",
     workers: Annotated[int, typer.Option(help="Drawing processes.")] = 2,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace a data set built with other settings.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Synthetic scenes: solids, light and shadows, with every annotation; no download."""
-    # launch/shards.py registers this command, so its parts cannot be imported before it is complete
-    from groundwork.launch.shards import _build, _is_built
 
     def run() -> int:
         if frames > 1 and clip_format == "mp4" and not has_mp4():
@@ -69,9 +65,9 @@ def build_scenes(
             clip_format="mp4" if frames > 1 and is_mp4 else "png",
         )
         source = {"kind": "scenes", "synthetic": True, "version": VERSION, **asdict(config)}
-        if _is_built(out, source, overwrite, []):
+        if is_built(out, source, overwrite, []):
             return 0
-        _build(
+        build(
             scenes_units(config),
             partial(read_scenes_unit, config),
             out,
