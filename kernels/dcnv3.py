@@ -21,11 +21,10 @@ and `cpu`, compiled at first use; `reference`, for everything else.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from groundwork.kernels import dcnv3_cpu, dcnv3_cuda, dcnv3_reference
 from groundwork.kernels.dcnv3_geometry import (
@@ -35,6 +34,7 @@ from groundwork.kernels.dcnv3_geometry import (
     make_geometry,
     statement,
 )
+from groundwork.kernels.fused_layers import is_eager, refuse_second_derivative
 
 
 class Backend(NamedTuple):
@@ -109,7 +109,7 @@ def sample_and_sum(
     value: Tensor, offset: Tensor, mask: Tensor, geometry: Geometry, softmax: bool, backend: str
 ) -> Tensor:
     """`dcnv3` of arguments that have been checked."""
-    if _is_eager(value, offset, mask):
+    if is_eager(value, offset, mask):
         return _Dcnv3.apply(value, offset, mask, geometry, softmax, backend)
     return _dcnv3_op(
         value,
@@ -138,15 +138,6 @@ def choose_backend(name: str, value: Tensor, offset: Tensor, mask: Tensor) -> st
 
 
 # ---- eager: half of a registered op's overhead, which a GPU would wait for ----
-
-
-def _is_eager(*tensors: Tensor) -> bool:
-    """Whether plain tensors are computed now: nothing traces, fakes or counts the op."""
-    return (
-        not torch.compiler.is_compiling()
-        and _get_current_dispatch_mode() is None
-        and all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
-    )
 
 
 class _Dcnv3(torch.autograd.Function):
@@ -286,11 +277,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     return (*gradients, *(None for _ in ctx.arguments))
 
 
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise NotImplementedError(
-        "dcnv3: the op has first derivatives only, and a second one was asked for "
-        "(create_graph=True); call dcnv3_reference there, it has all orders"
-    )
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:
+    refuse_second_derivative("dcnv3")
 
 
 _dcnv3_op.register_autograd(_backward, setup_context=_save_inputs)

@@ -10,21 +10,15 @@
 // read once. The gradients of the parameters are sums over rows: another kernel gives a lane a few
 // channels and `span` rows, and the caller adds up what it finds, in a fixed order.
 //
-// No headers: NVRTC compiles this text alone; the host build of the tests runs the same. Settings:
+// No system headers: NVRTC compiles this text with ours in place of its `#include`; the host build of
+// the tests runs the same. Settings:
 //
 //   X_T, Y_T, OUT_T   0 float32, 1 bfloat16, 2 float16
 //   CHANNELS, WIDTH   of a row, and of a load: a power of two that divides CHANNELS
 //   LANES, PIECES     LANES * PIECES * WIDTH >= CHANNELS; LANES a power of two, at most 32
 //   SIDE, PIXELS      see above
 //   THREADS           per block: a multiple of 32
-#ifndef GW_HOST
-typedef unsigned char uint8_t;
-typedef unsigned short uint16_t;
-typedef unsigned int uint32_t;
-typedef unsigned long long uint64_t;
-typedef long long int64_t;
-#define GW_INLINE __device__ __forceinline__
-#endif
+#include "storage.cuh"
 
 struct Problem {
   int64_t rows, rows_per_sample;  // rows: pixels of all images
@@ -32,43 +26,6 @@ struct Problem {
   int height, width;              // of an image (SIDE > 0)
   float eps;
 };
-
-// ---- storage ----
-
-GW_INLINE float bf16_to_float(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
-
-GW_INLINE uint16_t float_to_bf16(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-#ifndef GW_HOST
-GW_INLINE float f16_to_float(uint16_t bits) {
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-  return x;
-}
-GW_INLINE uint16_t float_to_f16(float x) {
-  uint16_t bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-  return bits;
-}
-#endif
-
-template <int T> struct Storage { typedef uint16_t type; };
-template <> struct Storage<0> { typedef float type; };
-
-template <int T> GW_INLINE float widen(typename Storage<T>::type x) {
-  if constexpr (T == 0) return x;
-  else if constexpr (T == 1) return bf16_to_float(x);
-  else return f16_to_float(x);
-}
-
-template <int T> GW_INLINE typename Storage<T>::type narrow(float x) {
-  if constexpr (T == 0) return x;
-  else if constexpr (T == 1) return float_to_bf16(x);
-  else return float_to_f16(x);
-}
 
 typedef Storage<X_T>::type X;
 typedef Storage<Y_T>::type Y;
