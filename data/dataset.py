@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from glob import glob, has_magic
 from pathlib import Path
@@ -11,11 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from groundwork.data.cache import CacheConfig
-from groundwork.data.diagnosis import Diagnosis
 from groundwork.data.member_batch import MemberReader, read_batch, reads_in_batches
 from groundwork.data.raw_batch import RawBatch, RawSample
 from groundwork.data.sample_reader import read_rows
-from groundwork.data.samples import Concept, Sample, SampleError, sample_from_fields
+from groundwork.data.samples import (
+    Concept,
+    Sample,
+    SampleError,
+    sample_from_fields,
+    sample_key,
+)
 from groundwork.data.shard_index import ShardError
 from groundwork.data.shard_patterns import expand_braces
 from groundwork.data.shard_table import ShardEntry, ShardTable, load_headers
@@ -34,8 +38,6 @@ from groundwork.data.storage_names import split_url
 
 #: Samples from which on one call of a reader is faster than one call of Python's for each.
 WORTH_A_BATCH = 4
-#: What foreign tars may have in their keys and `Sample` may not.
-UNFIT_FOR_KEYS = re.compile(r"[./\\\s]")
 
 
 class Dataset:
@@ -122,11 +124,9 @@ class Dataset:
 
 def _sample(key: str, fields: dict[str, bytes]) -> Sample | SampleError:
     try:
-        return sample_from_fields(UNFIT_FOR_KEYS.sub("_", key), fields)
+        return sample_from_fields(sample_key(key), fields)
     except SampleError as error:
         return error
-    except RecursionError:
-        return SampleError("member 'json' is nested too deeply", Diagnosis.BAD_JSON)
 
 
 #: Up to so many shards, all side-cars are checked when a data set is opened. Of more, each is

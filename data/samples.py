@@ -27,6 +27,10 @@ NO_CLASS = -1
 MAX_LABEL = 2**63 - 1
 
 
+#: What the keys of foreign tars may have and those of samples may not.
+_UNFIT_FOR_KEYS = re.compile(r"[./\\\s]")
+
+
 class SampleError(ValueError):
     """A sample that cannot be used; the message says what is wrong with it, the diagnosis which
     of the known faults that is."""
@@ -123,6 +127,11 @@ class Concept:
     aliases: tuple[str, ...] = ()
     heldout: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
+
+
+def sample_key(name: str) -> str:
+    """A key of a foreign tar as `Sample.key` may be."""
+    return _UNFIT_FOR_KEYS.sub("_", name)
 
 
 def sample_from_fields(key: str, fields: Mapping[str, bytes]) -> Sample:

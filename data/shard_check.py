@@ -1,6 +1,5 @@
 """One shard, checked to the last byte: its tar, its side-car, its samples."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from groundwork.data.samples import (
     SampleError,
     class_label,
     sample_from_fields,
+    sample_key,
 )
 from groundwork.data.shard_index import MISSING, ShardError, ShardIndex, index_path, parse_index
 from groundwork.data.shards import file_checksum
@@ -40,8 +40,6 @@ FIELD_OF: Final = {
 }
 #: Breaks behind which a side-car that fits what lies before knows the members better.
 MENDED_BY_INDEX: Final = frozenset((Diagnosis.TRUNCATED_TAR, Diagnosis.DAMAGED_TAR))
-#: What foreign tars may have in their keys and `Sample` may not.
-UNFIT_FOR_KEYS: Final = re.compile(r"[./\\\s]")
 
 
 class Finding(NamedTuple):
@@ -236,7 +234,7 @@ class _SampleChecker:
         for name in self.checks.required:
             if name not in fields and not (name == IMAGE and _image_field(fields)):
                 raise SampleError(f"no member {name!r}", Diagnosis.MISSING_FIELD)
-        sample = sample_from_fields(UNFIT_FOR_KEYS.sub("_", found.key), fields)
+        sample = sample_from_fields(sample_key(found.key), fields)
         label = class_label(sample)
         if label == NO_CLASS and self.has_captions and not sample.text.strip():
             raise SampleError("neither a class nor a caption", Diagnosis.MISSING_CAPTION)

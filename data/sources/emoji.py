@@ -6,10 +6,9 @@ again alone, and neither the order nor the number of processes changes a byte.
 
 import hashlib
 import io
-import multiprocessing
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from groundwork.data.samples import Concept, Sample
 from groundwork.data.sources.emoji_font import draw_glyph, find_font, has_glyph, load_font
 from groundwork.data.sources.emoji_rendering import choose_view, compose
 from groundwork.data.sources.errors import SourceError
+from groundwork.data.worker_processes import worker_processes
 
 Split = Literal["train", "heldout_renderings", "heldout_concepts"]
 SPLITS: Final = get_args(Split)
@@ -114,9 +114,7 @@ def emoji_samples(config: EmojiConfig, *, workers: int = 1) -> Iterator[tuple[Sp
         for concept in concepts:
             yield from _concept_samples(config, concept)
         return
-    # Spawned, not forked: the caller may hold threads (torch) that do not survive a fork.
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
+    with worker_processes(workers) as executor:
         waiting = iter(concepts)
         # A bounded look-ahead keeps memory flat when the reader is slower than the painters.
         pending: deque[Future[list[tuple[Split, Sample]]]] = deque(
@@ -127,8 +125,6 @@ def emoji_samples(config: EmojiConfig, *, workers: int = 1) -> Iterator[tuple[Sp
             for concept in islice(waiting, 1):
                 pending.append(executor.submit(_concept_samples, config, concept))
             yield from samples
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 def emoji_units(config: EmojiConfig, *, unit_samples: int = 2_000) -> list[dict[str, Any]]:
