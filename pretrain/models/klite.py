@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from groundwork.pretrain.models.clip_text import TextConfig, TextTransformer, build_text
 from groundwork.pretrain.models.initialisation import Init, linear_std
-from groundwork.pretrain.models.internimage import InternImageConfig, build_internimage
+from groundwork.pretrain.models.internimage import InternImage, InternImageConfig
 from groundwork.pretrain.models.swin import SwinConfig, build_swin
 
 #: exp(logit_scale) is limited to this; the reference leaves it unbounded, CLIP has the same limit.
@@ -29,7 +29,6 @@ MAX_SCALE = 100.0
 class InternImageTower(InternImageConfig):
     """The image tower `internimage`."""
 
-    kind: Literal["internimage"] = "internimage"
     image_size: int = 224
     num_classes: int = 0
 
@@ -38,7 +37,7 @@ ImageConfig = Annotated[SwinConfig | InternImageTower, Field(discriminator="kind
 
 IMAGE_TOWERS: Final[Mapping[str, Callable[[Any], nn.Module]]] = {
     "swin": build_swin,
-    "internimage": build_internimage,
+    "internimage": InternImage,
 }
 
 

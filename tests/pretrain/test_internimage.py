@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from groundwork.pretrain.models.dcnv3_module import DCNv3
 from groundwork.pretrain.models.internimage import (
-    VARIANTS,
     InternImage,
     InternImageConfig,
-    build_internimage,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "internimage"
@@ -91,7 +89,7 @@ def official_config(name: str) -> InternImageConfig:
 
 def build_official(name: str, data: dict[str, Tensor], dtype: torch.dtype) -> InternImage:
     """The golden model with the golden weights, of which the file may hold a part."""
-    model = build_internimage(official_config(name)).to(dtype).eval()
+    model = InternImage(official_config(name)).to(dtype).eval()
     weights = {k.removeprefix("weight."): v for k, v in data.items() if k.startswith("weight.")}
     assert not model.load_state_dict(weights, strict=False).unexpected_keys
     return model
@@ -100,7 +98,7 @@ def build_official(name: str, data: dict[str, Tensor], dtype: torch.dtype) -> In
 def randomised(config: InternImageConfig, seed: int = 0) -> InternImage:
     """A model whose offsets, masks and scales are not at their initial zeros."""
     torch.manual_seed(seed)
-    model = build_internimage(config)
+    model = InternImage(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -122,7 +120,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("variant", SIZES)
 def test_names_and_shapes_are_those_of_the_released_weights(variant: str) -> None:
     with torch.device("meta"):
-        model = build_internimage(VARIANTS[variant])
+        model = InternImage(InternImageConfig.variant(variant))
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     assert shapes == INVENTORY[variant]["state_dict"]
     parameters = {name: p.numel() for name, p in model.named_parameters()}
@@ -159,7 +157,7 @@ def test_a_whole_model_computes_what_the_official_one_does(
     data = load("model_tiny_G_like.npz")
     model = build_official("G", data, dtype)
     x = data["input"].to(dtype).requires_grad_()
-    _, _, *stages = model.forward_stages(x)
+    _, _, *stages = model.features(x)
     for i, stage in zip((2, 3), stages, strict=True):
         assert_equals(stage.permute(0, 2, 3, 1), data[f"out.stage{i}_nodown"], tolerance)
     assert_equals(model.forward_features(x), data["out.pooled"], tolerance)
@@ -205,7 +203,7 @@ def test_the_convolutional_head_computes_what_the_official_one_does(
     data = load("model_tiny_L_like.npz")
     model = build_official("L", data, dtype)
     last = data["out.stage3_nodown"].to(dtype).permute(0, 3, 1, 2)
-    monkeypatch.setattr(model, "forward_stages", lambda x: [last, last])
+    monkeypatch.setattr(model, "features", lambda x: [last, last])
     assert_equals(model.forward_features(data["input"]), data["out.pooled"], tolerance)
     assert_equals(model(data["input"]), data["out.logits"], tolerance)
 
@@ -226,7 +224,7 @@ def test_a_new_layer_averages_the_window_of_the_projected_input() -> None:
 
 def test_initial_weights_are_those_of_the_paper() -> None:
     torch.manual_seed(0)
-    model = build_internimage(
+    model = InternImage(
         replace(official_config("L"), channels=32, groups=(2, 4, 8, 16), layer_scale=1e-5)
     )
     block = model.levels[3].blocks[0]
@@ -249,7 +247,7 @@ def test_initial_weights_are_those_of_the_paper() -> None:
 )
 def test_stochastic_depth_follows_its_schedule(schedule: Any, expected: list[float]) -> None:
     config = replace(official_config("T"), drop_path=0.4, drop_path_schedule=schedule)
-    model = build_internimage(config)
+    model = InternImage(config)
     rates = [block.drop_path.drop_prob for level in model.levels for block in level.blocks]
     assert rates == pytest.approx(expected)
 
@@ -263,7 +261,7 @@ def test_stochastic_depth_follows_its_schedule(schedule: Any, expected: list[flo
 )
 def test_features_have_the_width_the_config_says(name: str, num_classes: int, width: int) -> None:
     config = replace(official_config(name), num_classes=num_classes)
-    model = build_internimage(config).eval()
+    model = InternImage(config).eval()
     x = torch.randn(2, 3, 64, 32)
     features = model.forward_features(x)
     assert features.shape == (2, width)
@@ -275,7 +273,7 @@ def test_features_have_the_width_the_config_says(name: str, num_classes: int, wi
 def test_without_a_head_features_are_the_mean_of_the_last_stage() -> None:
     model = randomised(replace(official_config("T"), num_classes=0)).eval()
     x = torch.randn(2, 3, 64, 64)
-    stages = model.forward_stages(x)
+    stages = model.features(x)
     assert [tuple(s.shape[1:]) for s in stages] == [
         (16, 16, 16),
         (32, 8, 8),
@@ -293,12 +291,10 @@ def test_an_image_alone_gets_the_logits_it_gets_in_a_batch(name: str) -> None:
 
 
 def test_odd_image_sizes_round_up_and_the_attention_pooling_refuses_them() -> None:
-    stages = (
-        build_internimage(official_config("T")).eval().forward_stages(torch.randn(1, 3, 37, 70))
-    )
+    stages = InternImage(official_config("T")).eval().features(torch.randn(1, 3, 37, 70))
     assert [tuple(s.shape[2:]) for s in stages] == [(10, 18), (5, 9), (3, 5), (2, 3)]
     with pytest.raises(ValueError, match=r"37×70 .* multiples of 32"):
-        build_internimage(official_config("G")).eval()(torch.randn(1, 3, 37, 70))
+        InternImage(official_config("G")).eval()(torch.randn(1, 3, 37, 70))
 
 
 @pytest.mark.parametrize("name", ["L", "G"])
@@ -416,7 +412,7 @@ def test_a_pure_bfloat16_model_runs_and_keeps_its_dtype() -> None:
 
 def test_a_small_model_learns_two_images_by_heart() -> None:
     torch.manual_seed(0)
-    model = build_internimage(
+    model = InternImage(
         replace(official_config("L"), layer_scale=1.0, num_classes=2, offset_scale=1.0)
     )
     x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 1, 0])
@@ -454,7 +450,7 @@ def test_a_wrong_config_is_named_with_its_remedy(changes: dict[str, Any], messag
 
 def test_wrong_inputs_are_named_with_their_remedy() -> None:
     with pytest.raises(ValueError, match=r"shape \(1, 32, 32, 3\); expected \(B, 3, H, W\)"):
-        build_internimage(official_config("T"))(torch.randn(1, 32, 32, 3))
+        InternImage(official_config("T"))(torch.randn(1, 32, 32, 3))
     with pytest.raises(ValueError, match="10 channels in 4 groups"):
         DCNv3(10, 4)
     with pytest.raises(ValueError, match="give odd ones"):

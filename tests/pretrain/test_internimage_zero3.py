@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from groundwork.pretrain.models.internimage import InternImage, InternImageConfig, build_internimage
+from groundwork.pretrain.models.internimage import InternImage, InternImageConfig
 
 pytestmark = pytest.mark.multirank
 
@@ -33,7 +33,7 @@ LR = 0.01
 
 def build(checkpointing: bool) -> InternImage:
     torch.manual_seed(0)
-    model = build_internimage(replace(CONFIG, activation_checkpointing=checkpointing))
+    model = InternImage(replace(CONFIG, activation_checkpointing=checkpointing))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -1,0 +1,200 @@
+"""What an InternImage is: its sizes (arXiv 2211.05778, table 1; 2401.06197) and its options."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from groundwork.pretrain.models.internimage_blocks import Norm
+
+DropPathSchedule = Literal["linear", "uniform"]
+
+
+@dataclass(frozen=True)
+class InternImageConfig:
+    """The defaults are InternImage-T, as trained on ImageNet-1K.
+
+    num_classes: 0 leaves the classification head out, see `InternImage.forward_features`.
+    groups: of the DCNs of each stage; each divides the width channels·2^stage of its stage.
+    norm: where a block normalises, see `Block`; layer_scale: the initial gamma, None for none.
+    offset_scale: widens the sampling grid and the offsets; dw_kernel_size: of the depthwise
+        convolution from which offsets and mask come.
+    level2_post_norm_block_ids: blocks of the third stage after which its activation is normalised.
+    use_clip_projector: attention pooling of the last two stages to clip_dim instead of the
+        convolutional head.
+    drop_rate: dropout after the stem; drop_path: stochastic depth, of the last block if "linear".
+    activation_checkpointing: recompute each block in the backward pass.
+    kernel_backend: which DCNv3 runs, see `groundwork.kernels.dcnv3`.
+    """
+
+    kind: Literal["internimage"] = "internimage"
+    num_classes: int = 1000
+    channels: int = 64
+    depths: tuple[int, ...] = (4, 4, 18, 4)
+    groups: tuple[int, ...] = (4, 8, 16, 32)
+    mlp_ratio: float = 4.0
+    norm: Norm = "pre_norm"
+    layer_scale: float | None = None
+    offset_scale: float = 1.0
+    dw_kernel_size: int = 3
+    center_feature_scale: bool = False
+    remove_center: bool = False
+    level2_post_norm_block_ids: tuple[int, ...] = ()
+    use_clip_projector: bool = False
+    clip_embed_dim: int = 1024
+    clip_num_heads: int = 16
+    clip_dim: int = 768
+    drop_rate: float = 0.0
+    drop_path: float = 0.1
+    drop_path_schedule: DropPathSchedule = "linear"
+    activation_checkpointing: bool = False
+    kernel_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if len(self.depths) != 4 or len(self.groups) != 4:
+            raise ValueError(
+                f"InternImageConfig: depths has {len(self.depths)} stages, groups has "
+                f"{len(self.groups)}; InternImage has 4, give one number for each"
+            )
+        if min(self.depths) < 1:
+            raise ValueError(f"InternImageConfig: depths is {self.depths}; give at least 1 block")
+        if self.num_classes < 0:
+            raise ValueError(f"InternImageConfig: num_classes is {self.num_classes}; 0 is no head")
+        if self.channels < 2 or self.channels % 2 != 0:
+            raise ValueError(
+                f"InternImageConfig: channels is {self.channels}; the stem halves it, give an even "
+                "number"
+            )
+        for stage, groups in enumerate(self.groups):
+            width = self.channels * 2**stage
+            if groups < 1 or width % groups != 0:
+                raise ValueError(
+                    f"InternImageConfig: groups[{stage}] is {groups}, stage {stage} has {width} "
+                    "channels; choose groups that divide the channels"
+                )
+        if self.norm == "res_post_norm" and self.layer_scale is not None:
+            raise ValueError(
+                "InternImageConfig: norm is 'res_post_norm' with a layer_scale of "
+                f"{self.layer_scale}; a block has one of the two, set layer_scale to None"
+            )
+        if self.dw_kernel_size % 2 == 0:
+            raise ValueError(
+                f"InternImageConfig: dw_kernel_size is {self.dw_kernel_size}; an even one changes "
+                "the size of the image, give an odd one"
+            )
+        outside = [i for i in self.level2_post_norm_block_ids if not 0 <= i < self.depths[2]]
+        if outside:
+            raise ValueError(
+                f"InternImageConfig: level2_post_norm_block_ids names {outside}, the third stage "
+                f"has the blocks 0 to {self.depths[2] - 1}"
+            )
+        if self.use_clip_projector and (
+            self.clip_embed_dim % self.clip_num_heads != 0 or self.clip_embed_dim < 1
+        ):
+            raise ValueError(
+                f"InternImageConfig: clip_embed_dim {self.clip_embed_dim} is not a multiple of "
+                f"clip_num_heads {self.clip_num_heads}; choose heads that divide it"
+            )
+        for name, rate in (("drop_rate", self.drop_rate), ("drop_path", self.drop_path)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"InternImageConfig: {name} is {rate}; give 0 <= {name} < 1")
+
+    @classmethod
+    def variant(cls, name: str) -> "InternImageConfig":
+        """A published size, as trained on ImageNet-1K with 1000 classes: a key of `VARIANTS`."""
+        if name not in VARIANTS:
+            raise ValueError(
+                f"InternImageConfig: there is no variant {name!r}; choose from: "
+                + ", ".join(VARIANTS)
+            )
+        return VARIANTS[name]
+
+    @classmethod
+    def from_official(cls, kwargs: Mapping[str, Any]) -> "InternImageConfig":
+        """The config of a model built by the official constructor with these arguments."""
+        names = {
+            "drop_path_rate": "drop_path",
+            "drop_path_type": "drop_path_schedule",
+            "with_cp": "activation_checkpointing",
+        }
+        ignored = {"core_op", "norm_layer", "act_layer", "level2_post_norm"}
+        norm = "pre_norm"
+        if kwargs.get("post_norm"):
+            norm = "post_norm"
+        elif kwargs.get("res_post_norm"):
+            norm = "res_post_norm"
+        fields: dict[str, Any] = {"norm": norm}
+        for name, value in kwargs.items():
+            if name in ("post_norm", "res_post_norm") or name in ignored or value is None:
+                continue
+            fields[names.get(name, name)] = tuple(value) if isinstance(value, list) else value
+        return cls(**fields)
+
+    @property
+    def out_dim(self) -> int:
+        """The width of `InternImage.forward_features`."""
+        if self.use_clip_projector:
+            return self.clip_dim
+        width = self.channels * 8
+        # the convolutional head widens the last stage, and exists for a classifier only
+        return int(width * 1.5) if self.num_classes > 0 else width
+
+
+VARIANTS: Final[Mapping[str, InternImageConfig]] = {
+    "t": InternImageConfig(),
+    "s": InternImageConfig(
+        channels=80,
+        depths=(4, 4, 21, 4),
+        groups=(5, 10, 20, 40),
+        norm="post_norm",
+        layer_scale=1e-5,
+        drop_path=0.4,
+    ),
+    "b": InternImageConfig(
+        channels=112,
+        depths=(4, 4, 21, 4),
+        groups=(7, 14, 28, 56),
+        norm="post_norm",
+        layer_scale=1e-5,
+        drop_path=0.5,
+    ),
+    "l": InternImageConfig(
+        channels=160,
+        depths=(5, 5, 22, 5),
+        groups=(10, 20, 40, 80),
+        norm="post_norm",
+        layer_scale=1e-5,
+        offset_scale=2.0,
+        drop_path=0.1,
+    ),
+    "xl": InternImageConfig(
+        channels=192,
+        depths=(5, 5, 24, 5),
+        groups=(12, 24, 48, 96),
+        norm="post_norm",
+        layer_scale=1e-5,
+        offset_scale=2.0,
+        drop_path=0.2,
+    ),
+    "h": InternImageConfig(
+        channels=320,
+        depths=(6, 6, 32, 6),
+        groups=(10, 20, 40, 80),
+        norm="res_post_norm",
+        dw_kernel_size=5,
+        center_feature_scale=True,
+        level2_post_norm_block_ids=(5, 11, 17, 23, 29),
+        use_clip_projector=True,
+        drop_path=0.2,
+    ),
+    "g": InternImageConfig(
+        channels=512,
+        depths=(2, 2, 48, 4),
+        groups=(16, 32, 64, 128),
+        norm="post_norm",
+        dw_kernel_size=5,
+        center_feature_scale=True,
+        level2_post_norm_block_ids=(5, 11, 17, 23, 29, 35, 41, 47),
+        use_clip_projector=True,
+        drop_path=0.4,
+    ),
+}
