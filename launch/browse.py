@@ -91,7 +91,7 @@ def _collection_of_run(
     from groundwork.data.order import sample_generator
     from groundwork.data.samples import Sample
     from groundwork.data.shard_index import ShardError
-    from groundwork.pretrain.image_text import open_stream, open_training_data
+    from groundwork.pretrain.kinds import DATA
     from groundwork.pretrain.recipe import load_recipe
 
     recipe = load_recipe(str(run / RECIPE))
@@ -104,14 +104,15 @@ def _collection_of_run(
     shards = directory or recipe.data.shards
     assert shards is not None
     data = replace(recipe.data, shards=shards)
-    opened = open_training_data(data)
+    recipe = replace(recipe, data=data)
+    opened = DATA[data.kind].open(recipe)
     trained_on = _dataset_digest(run)
     if trained_on is not None and trained_on != opened.digests()["dataset"]:
         raise ShardError(
             f"{shards} is not what {run} was trained on, or has changed since; name the data "
             "set it was trained on, or leave out --run"
         )
-    stream = open_stream(data, opened, recipe.train.seed)
+    stream = DATA[data.kind].stream(recipe, opened)
 
     def order(position: int) -> int:
         return stream.locate([position])[0][1]

@@ -22,20 +22,15 @@ from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.knowledge.senses import Knowledge, find_knowledge
 from groundwork.data.knowledge.templates import TRAINING_TEMPLATES, clean_class_name
 from groundwork.data.samples import Concept, Sample, SampleError, class_label
-from groundwork.data.stream import Source, Stream
+from groundwork.data.stream import Stream
 from groundwork.data.text import ALPHABET_SIZE, ClipTokenizer, load_tokenizer, train_tokenizer
 from groundwork.data.transforms import ImageTransform, training_image
-from groundwork.kernels.jpeg_crop import find_jpeg_crop
 from groundwork.pretrain.objectives.contrastive import UNIQUE
 from groundwork.pretrain.training_data import (
     LABELS_PER_SOURCE,
-    CacheSettings,
-    SourceConfig,
+    DataConfig,
     TrainingData,
-    WeightChange,
-    check_block,
-    check_sources,
-    make_mixture,
+    make_stream,
     open_datasets,
     open_knowledge_index,
 )
@@ -83,60 +78,16 @@ class KnowledgeConfig:
 
 
 @dataclass(frozen=True)
-class ImageTextConfig:
-    """The `data` section.
+class ImageTextConfig(DataConfig):
+    """The `data` section of image-text training.
 
-    shards: a data set folder or URL, or a folder, pattern or URL of WebDataset tars.
-    sources: several data sets instead, mixed by weight; weight_changes: their schedule. Exact in
-        every prefix of the run. Classes of different sources are different classes.
-    shuffle_block: samples shuffled together, in whole shards; null shuffles the whole data set,
-        which reads from all shards at once. `groundwork shards order` shows what that means.
-    cache: where blocks of remote files are kept on local disk.
     templates: `imagenet` draws from the 81 training templates, `plain` uses the bare name.
-    bad_sample_budget: fraction of the samples read that may be quarantined before the run stops.
-    jpeg_decoder: `auto` compiles groundwork's decoder of JPEG crops where it can; `library` leaves
-        all files to libjpeg-turbo. The pixels are the same, to the bit.
-    workers: decoding processes per rank (0: decode in the rank itself). prefetch: batches that
-        each of them decodes ahead.
     """
 
-    shards: str | None = None
-    split: str = "train"
-    sources: tuple[SourceConfig, ...] = ()
-    weight_changes: tuple[WeightChange, ...] = ()
-    shuffle_block: int | None = None
-    cache: CacheSettings | None = None
-    image: ImageTransform = field(default_factory=ImageTransform)
+    kind: Literal["image_text"] = "image_text"
     templates: Literal["imagenet", "plain"] = "imagenet"
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
-    shuffle: bool = True
-    bad_sample_budget: float = 0.001
-    jpeg_decoder: Literal["auto", "library"] = "auto"
-    workers: int = 2
-    prefetch: int = 4
-
-    @property
-    def where(self) -> str:
-        """The data sets, for messages."""
-        return self.shards or ", ".join(source.shards for source in self.sources)
-
-    def __post_init__(self) -> None:
-        check_sources(self.shards, self.sources, self.weight_changes)
-        check_block("data.shuffle_block", self.shuffle_block)
-        if not 0 <= self.bad_sample_budget <= 1:
-            raise ValueError(
-                f"data.bad_sample_budget is {self.bad_sample_budget}; it is a fraction, 0 to 1"
-            )
-        if self.workers < 0:
-            raise ValueError(
-                f"data.workers is {self.workers}; it must be 0 (decode in the rank itself) or more"
-            )
-        if self.prefetch < (1 if self.workers else 0):
-            raise ValueError(
-                f"data.prefetch is {self.prefetch}; with {self.workers} workers it must be at "
-                "least 1"
-            )
 
 
 class Example(NamedTuple):
@@ -266,33 +217,21 @@ TEMPLATES: Mapping[str, Sequence[str]] = {"imagenet": TRAINING_TEMPLATES, "plain
 
 def open_stream(config: ImageTextConfig, data: TrainingData, seed: int) -> Stream[Example]:
     """The training stream of a recipe's `data` section."""
-    # found once, before the workers are forked
-    jpeg_crop = find_jpeg_crop() if config.jpeg_decoder == "auto" else None
-    blocks = {source.name: source.shuffle_block for source in config.sources}
-    sources = [
-        Source(
-            dataset,
-            ImageTextDecoder(
-                config.image,
-                dataset.concepts,
-                TEMPLATES[config.templates],
-                data.knowledge,
-                config.knowledge,
-                first_label=number * LABELS_PER_SOURCE,
-                jpeg_crop=jpeg_crop,
-            ),
-            name,
-            blocks.get(name) or config.shuffle_block,
+
+    def decoder(dataset: Dataset, first_label: int, jpeg_crop: JpegCrop | None) -> ImageTextDecoder:
+        return ImageTextDecoder(
+            config.image,
+            dataset.concepts,
+            TEMPLATES[config.templates],
+            data.knowledge,
+            config.knowledge,
+            first_label,
+            jpeg_crop,
         )
-        for number, (name, dataset) in enumerate(data.datasets.items())
-    ]
-    mixture = make_mixture(config.sources, config.weight_changes)
-    return Stream(sources, seed=seed, shuffle=config.shuffle, mixture=mixture)
+
+    return make_stream(config, data, seed, decoder)
 
 
 def open_training_data(config: ImageTextConfig) -> TrainingData:
     """Open what the `data` section names; every missing or damaged file is found here."""
-    return TrainingData(
-        open_datasets(config.shards, config.split, config.sources, config.cache),
-        open_knowledge_index(config.knowledge.index),
-    )
+    return TrainingData(open_datasets(config), open_knowledge_index(config.knowledge.index))

@@ -2,23 +2,21 @@
 
 import copy
 import random
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from groundwork.data.atomic import write_atomically
 from groundwork.data.batch_plan import BatchPlan
 from groundwork.data.shards import CONCEPTS
 from groundwork.data.text import ClipTokenizer, load_tokenizer
-from groundwork.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from groundwork.pretrain.engine.checkpoint import (
     CheckpointError,
     RunState,
@@ -31,26 +29,28 @@ from groundwork.pretrain.engine.deepspeed_config import World, deepspeed_config
 from groundwork.pretrain.engine.faults import Quarantine
 from groundwork.pretrain.engine.masters import set_masters
 from groundwork.pretrain.engine.monitor import Monitor
-from groundwork.pretrain.engine.optimizer import build_optimizer, lr_at
+from groundwork.pretrain.engine.optimizer import build_optimizer, set_lr
 from groundwork.pretrain.engine.run_lock import locked_run
 from groundwork.pretrain.engine.stop import StopRequest
 from groundwork.pretrain.engine.trainer import Loop, train
 from groundwork.pretrain.image_text import (
-    ImageTextCollate,
+    ImageTextConfig,
     make_tokenizer,
-    open_stream,
-    open_training_data,
 )
-from groundwork.pretrain.models.klite import build_klite
-from groundwork.pretrain.objectives.unicl import Unicl
-from groundwork.pretrain.recipe import Recipe, RecipeError, differences, recipe_to_dict
+from groundwork.pretrain.kinds import DATA, build_objective
+from groundwork.pretrain.models.klite import KliteConfig
+from groundwork.pretrain.objectives.classification import ClassificationConfig
+from groundwork.pretrain.recipe import (
+    Recipe,
+    RecipeError,
+    differences,
+    recipe_from_dict,
+    recipe_to_dict,
+)
 from groundwork.pretrain.training_data import TrainingData
 
 TOKENIZER = "tokenizer"
 RECIPE = "recipe.yaml"
-
-MODELS: Final[Mapping[str, Callable[[Any], nn.Module]]] = {"klite": build_klite}
-OBJECTIVES: Final[Mapping[str, Callable[..., nn.Module]]] = {"unicl": Unicl}
 
 
 def batch_plan(recipe: Recipe, world_size: int, rank: int) -> BatchPlan:
@@ -61,6 +61,12 @@ def batch_plan(recipe: Recipe, world_size: int, rank: int) -> BatchPlan:
         plan = BatchPlan(batch, micro, world_size, rank)
     except ValueError as error:
         raise RecipeError(f"train: {error}") from error
+    objective = recipe.objective
+    if isinstance(objective, ClassificationConfig) and objective.mixes and micro % 2:
+        raise RecipeError(
+            f"train: {micro} samples per rank and forward pass; objective.mixup and "
+            "objective.cutmix mix a batch with itself reversed and need an even number"
+        )
     if not plan.is_even:  # DeepSpeed averages gradients over ranks and micro-steps alike
         raise RecipeError(
             f"train: global_batch {batch} is not a multiple of micro_batch {micro} x {world_size} "
@@ -74,7 +80,7 @@ def check_inputs(recipe: Recipe, out: Path) -> TrainingData:
 
     Returns the opened data. Raises the error that the user is to see.
     """
-    data = open_training_data(recipe.data)
+    data = DATA[recipe.data.kind].open(recipe)
     _resumable(recipe, out, data)
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; --out names a folder")
@@ -87,7 +93,9 @@ def _resumable(recipe: Recipe, out: Path, data: TrainingData) -> Path | None:
     if checkpoint is None:
         return None
     state = read_state(checkpoint)
-    changed = differences(state.recipe, recipe_to_dict(recipe))
+    # a checkpoint of an earlier version lacks keys that have come since
+    saved = recipe_to_dict(recipe_from_dict(state.recipe, f"{checkpoint}: its recipe"))
+    changed = differences(saved, recipe_to_dict(recipe))
     if changed:
         listed = "\n  ".join(changed[:12])
         raise CheckpointError(
@@ -99,7 +107,7 @@ def _resumable(recipe: Recipe, out: Path, data: TrainingData) -> Path | None:
     for kind, what in (
         ("dataset", f"on another data set than {recipe.data.where} holds now"),
         ("concepts", f"with other class names than {recipe.data.where} has now ({CONCEPTS})"),
-        ("knowledge", f"with another knowledge index than {recipe.data.knowledge.index} is now"),
+        ("knowledge", f"with another knowledge index than {_knowledge_path(data)} is now"),
     ):
         if getattr(state, kind) != now[kind]:
             raise CheckpointError(
@@ -107,6 +115,10 @@ def _resumable(recipe: Recipe, out: Path, data: TrainingData) -> Path | None:
                 "to start afresh"
             )
     return checkpoint
+
+
+def _knowledge_path(data: TrainingData) -> str:
+    return "none" if data.knowledge is None else str(data.knowledge.path)
 
 
 def pretrain(
@@ -183,15 +195,20 @@ def _pretrain(
     try:
         return train(
             engine,
-            open_stream(recipe.data, data, recipe.train.seed),
-            ImageTextCollate(tokenizer),
+            DATA[recipe.data.kind].stream(recipe, data),
+            DATA[recipe.data.kind].collate(tokenizer),
             Loop(
                 first_step=state.step,
                 steps=recipe.train.steps,
                 plan=plan,
                 precision=recipe.train.precision,
-                lr=lambda step: lr_at(
-                    step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule
+                set_lr=lambda optimizer, step: set_lr(
+                    optimizer,
+                    step,
+                    recipe.train.steps,
+                    recipe.optimizer,
+                    recipe.schedule,
+                    plan.global_batch,
                 ),
                 log_every=recipe.monitor.log_every,
                 save_every=recipe.checkpoint.every_steps,
@@ -208,27 +225,6 @@ def _pretrain(
         monitor.close()
 
 
-def build_objective(recipe: Recipe, tokenizer: ClipTokenizer) -> nn.Module:
-    """The module that DeepSpeed wraps: model and loss."""
-    model = MODELS[recipe.model.kind](with_vocabulary(recipe, tokenizer).model)
-    return OBJECTIVES[recipe.objective.kind](
-        model, recipe.objective, mean=IMAGENET_MEAN, std=IMAGENET_STD
-    )
-
-
-def with_vocabulary(recipe: Recipe, tokenizer: ClipTokenizer) -> Recipe:
-    """The recipe with the text tower's vocabulary size filled in from the tokenizer."""
-    text = recipe.model.text
-    if text.vocab_size is None:
-        text = replace(text, vocab_size=tokenizer.vocab_size)
-    elif text.vocab_size < tokenizer.vocab_size:
-        raise RecipeError(
-            f"model.text.vocab_size is {text.vocab_size}, but the tokenizer has "
-            f"{tokenizer.vocab_size} ids; raise it, or leave it out to take the tokenizer's"
-        )
-    return replace(recipe, model=replace(recipe.model, text=text))
-
-
 def _shared_tokenizer(
     recipe: Recipe,
     out: Path,
@@ -236,11 +232,14 @@ def _shared_tokenizer(
     data: TrainingData,
     *,
     is_new: bool,
-) -> ClipTokenizer:
-    """The run's tokenizer: made by rank 0 for a new run, read from `out` ever after.
+) -> ClipTokenizer | None:
+    """The run's tokenizer: made by rank 0 for a new run, read from `out` ever after; None where the
+    model reads no text.
 
     A start that failed before the first checkpoint may have left that of another recipe or data.
     """
+    if not isinstance(recipe.model, KliteConfig) or not isinstance(recipe.data, ImageTextConfig):
+        return None
     folder, context = out / TOKENIZER, recipe.model.text.context_length
     if world.is_main and (is_new or not folder.is_dir()):
         make_tokenizer(recipe.data.tokenizer, data, context).save(folder)
@@ -282,7 +281,7 @@ def engine_settings(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
 
 
 def _build_engine(
-    recipe: Recipe, settings: dict[str, Any], tokenizer: ClipTokenizer, world: World
+    recipe: Recipe, settings: dict[str, Any], tokenizer: ClipTokenizer | None, world: World
 ) -> tuple[Any, dict[str, Tensor]]:
     """The engine, and the initial weights where DeepSpeed rounds them (bf16; empty otherwise)."""
     import deepspeed

@@ -2,18 +2,24 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, TypeVar
 
 from groundwork.data.cache import CacheConfig
 from groundwork.data.dataset import Dataset, open_dataset
+from groundwork.data.decode import JpegCrop
 from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.mixture import Mixture, MixtureError
 from groundwork.data.samples import Concept
+from groundwork.data.stream import Decoder, Source, Stream
+from groundwork.data.transforms import ImageTransform
+from groundwork.kernels.jpeg_crop import find_jpeg_crop
 from groundwork.kernels.member_reader import find_member_reader
+
+T = TypeVar("T")
 
 #: Class indices of a source lie below this; those of the next begin there.
 LABELS_PER_SOURCE: Final = 2**40
@@ -57,6 +63,59 @@ class CacheSettings:
 
     def to_config(self) -> CacheConfig:
         return CacheConfig(self.folder, int(self.max_gb * 1e9))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What every `data` section has.
+
+    shards: a data set folder or URL, or a folder, pattern or URL of WebDataset tars.
+    sources: several data sets instead, mixed by weight; weight_changes: their schedule. Exact in
+        every prefix of the run. Classes of different sources are different classes.
+    shuffle_block: samples shuffled together, in whole shards; null shuffles the whole data set,
+        which reads from all shards at once. `groundwork shards order` shows what that means.
+    cache: where blocks of remote files are kept on local disk.
+    bad_sample_budget: fraction of the samples read that may be quarantined before the run stops.
+    jpeg_decoder: `auto` compiles groundwork's decoder of JPEG crops where it can; `library` leaves
+        all files to libjpeg-turbo. The pixels are the same, to the bit.
+    workers: decoding processes per rank (0: decode in the rank itself). prefetch: batches that
+        each of them decodes ahead.
+    """
+
+    shards: str | None = None
+    split: str = "train"
+    sources: tuple[SourceConfig, ...] = ()
+    weight_changes: tuple[WeightChange, ...] = ()
+    shuffle_block: int | None = None
+    cache: CacheSettings | None = None
+    image: ImageTransform = field(default_factory=ImageTransform)
+    shuffle: bool = True
+    bad_sample_budget: float = 0.001
+    jpeg_decoder: Literal["auto", "library"] = "auto"
+    workers: int = 2
+    prefetch: int = 4
+
+    @property
+    def where(self) -> str:
+        """The data sets, for messages."""
+        return self.shards or ", ".join(source.shards for source in self.sources)
+
+    def __post_init__(self) -> None:
+        check_sources(self.shards, self.sources, self.weight_changes)
+        check_block("data.shuffle_block", self.shuffle_block)
+        if not 0 <= self.bad_sample_budget <= 1:
+            raise ValueError(
+                f"data.bad_sample_budget is {self.bad_sample_budget}; it is a fraction, 0 to 1"
+            )
+        if self.workers < 0:
+            raise ValueError(
+                f"data.workers is {self.workers}; it must be 0 (decode in the rank itself) or more"
+            )
+        if self.prefetch < (1 if self.workers else 0):
+            raise ValueError(
+                f"data.prefetch is {self.prefetch}; with {self.workers} workers it must be at "
+                "least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -141,18 +200,43 @@ def make_mixture(
         raise ValueError(f"data.sources: {error}") from error
 
 
-def open_datasets(
-    shards: str | None,
-    split: str,
-    sources: tuple[SourceConfig, ...],
-    cache: CacheSettings | None,
-) -> dict[str, Dataset]:
+def open_datasets(config: DataConfig) -> dict[str, Dataset]:
     """Open what the section names; every missing or damaged file is found here."""
-    config = None if cache is None else cache.to_config()
+    cache = None if config.cache is None else config.cache.to_config()
     reader = find_member_reader()  # compiled here, before workers are forked
-    if shards is not None:
-        return {"": open_dataset(shards, split, cache=config, reader=reader)}
-    return {s.name: open_dataset(s.shards, s.split, cache=config, reader=reader) for s in sources}
+    if config.shards is not None:
+        return {"": open_dataset(config.shards, config.split, cache=cache, reader=reader)}
+    return {
+        source.name: open_dataset(source.shards, source.split, cache=cache, reader=reader)
+        for source in config.sources
+    }
+
+
+def make_stream(
+    config: DataConfig,
+    data: TrainingData,
+    seed: int,
+    decoder: Callable[[Dataset, int, JpegCrop | None], Decoder[T]],
+) -> Stream[T]:
+    """The training stream of a section.
+
+    decoder: (data set, what is added to its class indices, decoder of JPEG crops) -> the decoder of
+    its samples.
+    """
+    # found once, before the workers are forked
+    jpeg_crop = find_jpeg_crop() if config.jpeg_decoder == "auto" else None
+    blocks = {source.name: source.shuffle_block for source in config.sources}
+    sources = [
+        Source(
+            dataset,
+            decoder(dataset, number * LABELS_PER_SOURCE, jpeg_crop),
+            name,
+            blocks.get(name) or config.shuffle_block,
+        )
+        for number, (name, dataset) in enumerate(data.datasets.items())
+    ]
+    mixture = make_mixture(config.sources, config.weight_changes)
+    return Stream(sources, seed=seed, shuffle=config.shuffle, mixture=mixture)
 
 
 def open_knowledge_index(path: str | None) -> KnowledgeIndex | None:

@@ -25,6 +25,8 @@ from groundwork.pretrain.downstream.zeroshot import (
     rank_of_truth,
     scores,
 )
+from groundwork.pretrain.engine.checkpoint import CheckpointError
+from groundwork.pretrain.image_text import ImageTextConfig
 from groundwork.pretrain.weights.trained import load_trained
 
 #: Hits and misses shown per split.
@@ -44,10 +46,16 @@ def evaluate_zeroshot(
     held-out names, and once more among all names.
     """
     trained = load_trained(checkpoint)
-    directory = shards or trained.recipe.data.shards
+    tokenizer, data = trained.tokenizer, trained.recipe.data
+    if tokenizer is None or not isinstance(data, ImageTextConfig):
+        raise CheckpointError(
+            f"{checkpoint}: model {trained.recipe.model.kind!r} reads no texts, so it has no "
+            "zero-shot classes; use `groundwork evaluate classification`"
+        )
+    directory = shards or data.shards
     if directory is None:
         raise ShardError(
-            f"{checkpoint} was trained on several data sets ({trained.recipe.data.where}); name "
+            f"{checkpoint} was trained on several data sets ({data.where}); name "
             "the one to evaluate on"
         )
     concepts = open_dataset(directory, _any_split(directory)).concepts
@@ -56,13 +64,13 @@ def evaluate_zeroshot(
             f"{directory}: no concepts.json in it, so there are no names to choose among; build "
             "it with `groundwork shards build`"
         )
-    source = knowledge or trained.recipe.data.knowledge.index
+    source = knowledge or data.knowledge.index
     index = None if source is None else KnowledgeIndex(Path(source))
     controls: tuple[Control, ...] = CONTROLS if index is not None else ("plain",)
     features = {
         control: class_features(
             trained.model,
-            trained.tokenizer,
+            tokenizer,
             concepts,
             [[] for _ in concepts]
             if index is None
@@ -74,7 +82,7 @@ def evaluate_zeroshot(
     tiles: list[Tile] = []
     for split in splits or [s for s in read_manifest(Path(directory)).splits if s != "train"]:
         dataset = open_dataset(directory, split)
-        pictures = picture_features(trained.objective, dataset, trained.recipe.data.image)
+        pictures = picture_features(trained.objective, dataset, data.image)
         for name, chosen in _candidates(split, pictures, concepts).items():
             labels = [concepts[i].label for i in chosen]
             ranks = {

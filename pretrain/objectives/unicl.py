@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from groundwork.pretrain.objectives.contrastive import unicl_loss
+from groundwork.pretrain.objectives.pixels import normalise
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ class UniclConfig:
 class Unicl(nn.Module):
     """What DeepSpeed wraps: the model, and the loss over the global batch.
 
-    mean, std: of the pixels in [0, 1], per channel. Plain numbers: buffers would be rounded to bf16
-    with the weights.
+    mean, std: of the pixels in [0, 1], per channel.
     """
 
     def __init__(
@@ -45,10 +45,8 @@ class Unicl(nn.Module):
         self.mean, self.std = mean, std
 
     def normalise(self, image: Tensor, dtype: torch.dtype) -> Tensor:
-        """image: (B, 3, H, W) uint8 -> normalised pixels, computed in float32."""
-        unit = image.float() / 255
-        channels = zip(unit.unbind(1), self.mean, self.std, strict=True)
-        return torch.stack([(x - mean) / std for x, mean, std in channels], dim=1).to(dtype)
+        """image: (B, 3, H, W) uint8 -> normalised pixels."""
+        return normalise(image, self.mean, self.std, dtype)
 
     def forward(self, batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """batch: image (B, 3, H, W) uint8, ids (B, N) int64, labels (B,) int64 (-1: unique)."""

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from groundwork.data.atomic import directory_written_atomically, umask
 from groundwork.data.text import load_tokenizer
+from groundwork.pretrain.kinds import MODELS
 from groundwork.pretrain.models.klite import Klite
 from groundwork.pretrain.recipe import recipe_from_dict, recipe_to_dict
-from groundwork.pretrain.run import MODELS
 from groundwork.pretrain.weights.huggingface import (
     ExportError,
     embed,

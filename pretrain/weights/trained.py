@@ -14,8 +14,10 @@ from groundwork.pretrain.engine.checkpoint import (
     require_checkpoint,
     verify_files,
 )
+from groundwork.pretrain.kinds import build_objective, with_vocabulary
+from groundwork.pretrain.models.klite import KliteConfig
 from groundwork.pretrain.recipe import Recipe, recipe_from_dict
-from groundwork.pretrain.run import TOKENIZER, build_objective, with_vocabulary
+from groundwork.pretrain.run import TOKENIZER
 from groundwork.pretrain.weights.zero_shards import full_weights
 
 
@@ -23,14 +25,14 @@ from groundwork.pretrain.weights.zero_shards import full_weights
 class Trained:
     """A model in evaluation mode with float32 weights, and what it was trained by.
 
-    recipe: with the vocabulary size filled in. objective: the module that was trained; `model` is
-    the part of it that is exported.
+    recipe: with the vocabulary size filled in. tokenizer: of a model that reads texts, else None.
+    objective: the module that was trained; `model` is the part of it that is exported.
     """
 
     checkpoint: Path
     state: RunState
     recipe: Recipe
-    tokenizer: ClipTokenizer
+    tokenizer: ClipTokenizer | None
     objective: nn.Module
 
     @property
@@ -46,8 +48,10 @@ def load_trained(path: Path) -> Trained:
     verify_files(checkpoint)
     state = read_state(checkpoint)
     recipe = recipe_from_dict(state.recipe, str(checkpoint))
-    folder = checkpoint.parent.parent / TOKENIZER
-    tokenizer = load_tokenizer(folder, recipe.model.text.context_length)
+    tokenizer = None
+    if isinstance(recipe.model, KliteConfig):
+        folder = checkpoint.parent.parent / TOKENIZER
+        tokenizer = load_tokenizer(folder, recipe.model.text.context_length)
     objective = build_objective(recipe, tokenizer)
     load_full_weights(objective, full_weights(checkpoint), checkpoint)
     return Trained(

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from groundwork.data.text import load_tokenizer
 from groundwork.pretrain.engine.checkpoint import TAG, require_checkpoint
+from groundwork.pretrain.kinds import build_objective
 from groundwork.pretrain.recipe import Recipe, load_recipe
-from groundwork.pretrain.run import build_objective
 from groundwork.pretrain.weights.trained import load_trained
 from groundwork.pretrain.weights.zero_shards import full_weights, state_digest
 
