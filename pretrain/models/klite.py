@@ -67,19 +67,21 @@ class Features(NamedTuple):
     """Normalised features (B, D) of both towers, and the positive scale () of their products.
 
     float32 whatever the weights are: times a scale of 100, the rounding of bf16 features would move
-    the logits by several tenths.
+    the logits by several tenths. tokens: (B, L, C), what the image tower pools, if asked for.
     """
 
     image: Tensor
     text: Tensor
     scale: Tensor
+    tokens: Tensor | None = None
 
 
 class Klite(nn.Module):
     """image: (B, 3, H, W) normalised pixels; ids: (B, N) int64 -> Features.
 
     Either input may be left out: `forward(image=x)` gives image features (B, D) only, and so does
-    `forward(ids=ids)` for texts. All parameters are read here, so ZeRO-3 has gathered them.
+    `forward(ids=ids)` for texts. dense: with the image tower's tokens, which only an InternImage
+    with attention pooling has. All parameters are read here, so ZeRO-3 has gathered them.
     """
 
     def __init__(
@@ -106,12 +108,20 @@ class Klite(nn.Module):
         nn.init.trunc_normal_(self.text_projection, std=linear_std(text_init, text.out_dim))
         nn.init.trunc_normal_(self.vision_projection, std=0.02)
 
-    def forward(self, image: Tensor | None = None, ids: Tensor | None = None) -> Any:
+    def forward(
+        self, image: Tensor | None = None, ids: Tensor | None = None, *, dense: bool = False
+    ) -> Any:
         if ids is None and image is None:
             raise ValueError("Klite: give an image, ids, or both")
-        image_features = text_features = None
+        image_features = text_features = tokens = None
         if image is not None:
-            projected = self.visual(image) @ self.vision_projection
+            if dense:
+                visual: Any = self.visual
+                tokens = visual.forward_tokens(image)
+                pooled = visual.pool_tokens(tokens)
+            else:
+                pooled = self.visual(image)
+            projected = pooled @ self.vision_projection
             image_features = F.normalize(projected.float(), dim=-1)
         if ids is not None:
             projected = self.text(ids) @ self.text_projection
@@ -121,7 +131,7 @@ class Klite(nn.Module):
         if text_features is None:
             return image_features
         scale = self.logit_scale.float().exp().squeeze(0)
-        return Features(image_features, text_features, _Limited.apply(scale))
+        return Features(image_features, text_features, _Limited.apply(scale), tokens)
 
     def no_weight_decay(self) -> frozenset[str]:
         """Parameters of two or more dimensions that are not decayed (1-d ones never are)."""
