@@ -201,7 +201,7 @@ class Stream(TorchDataset[Any], Generic[T]):
             collate_fn=_Collate(collate),  # type: ignore[arg-type]
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
-            worker_init_fn=partial(_leave_signals_to_the_rank, os.getpid()),
+            worker_init_fn=partial(leave_signals_to_the_rank, os.getpid()),
             pin_memory=pin_memory,
             # its own generator: starting an iterator draws a number; a resumed run, which starts
             # one more, must not thereby shift torch's global sequence
@@ -237,7 +237,8 @@ class _Collate(Generic[T, BatchT]):
         return StreamBatch(self.collate(examples), faults)
 
 
-def _leave_signals_to_the_rank(rank_process: int, _worker: int) -> None:
+def leave_signals_to_the_rank(rank_process: int, _worker: int) -> None:
+    """For `worker_init_fn` of a DataLoader, with the rank's process id bound."""
     # Ctrl-C and the scheduler's SIGTERM reach the whole process group; the rank finishes its step
     # and needs its workers until then. Its own SIGTERM still ends them: a rank that leaves with an
     # error sends it at exit and then waits for them, without end if they ignored it.

@@ -82,7 +82,7 @@ def save_checkpoint(engine: Any, out: Path, state: RunState, world: World, keep:
     dist.barrier()
     shapes = _parameter_shapes(engine)
     engine.save_checkpoint(str(working), tag=TAG, client_state=shapes, save_latest=False)
-    torch.save(_random_states(), working / f"rank-{world.rank:05d}.pt")
+    torch.save(random_states(), working / f"rank-{world.rank:05d}.pt")
     dist.barrier()
     if world.is_main:
         for script in (*working.glob("*.py"), *working.glob(f"{TAG}/*.py")):
@@ -94,7 +94,7 @@ def save_checkpoint(engine: Any, out: Path, state: RunState, world: World, keep:
             **{f: getattr(state, f) for f in RunState.__dataclass_fields__},
             "versions": {"torch": torch.__version__},
             "files": {
-                str(path.relative_to(working)): [path.stat().st_size, _crc32c(path)]
+                str(path.relative_to(working)): [path.stat().st_size, file_crc32c(path)]
                 for path in files
             },
         }
@@ -121,11 +121,11 @@ def load_checkpoint(engine: Any, checkpoint: Path, world: World) -> RunState:
             f"it with {state.world_size} ranks (deepspeed --num_gpus {state.world_size} ...)"
         )
     verify_files(checkpoint)
-    engine.checkpoint_engine = _SafeLoading(engine.checkpoint_engine)
+    engine.checkpoint_engine = SafeLoading(engine.checkpoint_engine)
     loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_lr_scheduler_states=False)
     if loaded is None:
         raise CheckpointError(f"{checkpoint}: DeepSpeed found no state in it; use an earlier one")
-    _restore_random_states(load_tensors(checkpoint / f"rank-{world.rank:05d}.pt"))
+    restore_random_states(load_tensors(checkpoint / f"rank-{world.rank:05d}.pt"))
     return state
 
 
@@ -163,7 +163,7 @@ def complete_checkpoints(out: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    record = _record(checkpoint)
+    record = read_record(checkpoint)
     try:
         return RunState(**{field: record[field] for field in RunState.__dataclass_fields__})
     except KeyError as error:
@@ -175,13 +175,13 @@ def read_state(checkpoint: Path) -> RunState:
 def verify_files(checkpoint: Path) -> None:
     """Check size and checksum of every file of a checkpoint."""
     problems = []
-    for name, (size, checksum) in _record(checkpoint)["files"].items():
+    for name, (size, checksum) in read_record(checkpoint)["files"].items():
         path = checkpoint / name
         if not path.is_file():
             problems.append(f"{name} is missing")
         elif path.stat().st_size != size:
             problems.append(f"{name} has {path.stat().st_size:,} bytes, expected {size:,}")
-        elif _crc32c(path) != checksum:
+        elif file_crc32c(path) != checksum:
             problems.append(f"{name} fails its checksum")
     if problems:
         raise CheckpointError(
@@ -222,7 +222,7 @@ def _parameter_shapes(engine: Any) -> dict[str, dict[str, list[int]]]:
     return {PARAMETER_SHAPES: {names[id(p)]: list(p.shape) for group in groups for p in group}}
 
 
-class _SafeLoading:
+class SafeLoading:
     """DeepSpeed's checkpoint engine, with `load` replaced by the loader that runs no code."""
 
     def __init__(self, engine: Any) -> None:
@@ -235,7 +235,8 @@ class _SafeLoading:
         return getattr(self._engine, name)
 
 
-def _record(checkpoint: Path) -> dict[str, Any]:
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """checkpoint.json of a complete checkpoint. Raises CheckpointError."""
     path = checkpoint / RECORD
     try:
         record: dict[str, Any] = json.loads(path.read_text("utf-8"))
@@ -257,7 +258,8 @@ def _without(checkpoint: Path) -> str:
     return f"Delete the folder {checkpoint}: the run then {then}"
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """The states of all generators of this process, as tensors and numbers."""
     version, keys, gauss = random.getstate()
     _, legacy, position, has_gauss, cached = np.random.get_state()
     states: dict[str, Any] = {
@@ -270,7 +272,8 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _restore_random_states(states: Mapping[str, Any]) -> None:
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Put back what `random_states` gave."""
     torch.set_rng_state(states["torch"])
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
@@ -280,7 +283,8 @@ def _restore_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _crc32c(path: Path) -> int:
+def file_crc32c(path: Path) -> int:
+    """The checksum of a file, as checkpoint.json has it."""
     checksum = google_crc32c.Checksum()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
