@@ -98,6 +98,14 @@ class Classification(nn.Module):
 
         top1: share of the batch that the logits have right, which means little of mixed pictures.
         """
+        image, targets = self.inputs(batch)
+        return self.losses(self.model(image.to(dtype)), targets, batch["labels"])
+
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """batch, as in `forward` -> normalised images (B, 3, H, W), targets (B, K), both float32.
+
+        Erased and mixed in training mode.
+        """
         image, labels = self.normalise(batch["image"], torch.float32), batch["labels"]
         targets = F.one_hot(labels, self.num_classes).float()
         targets += self.label_smoothing * (1 / self.num_classes - targets)
@@ -106,7 +114,12 @@ class Classification(nn.Module):
             image = self.erase(image)
         if self.training and self.mix is not None:
             image, targets = self.mix(image, labels)
-        logits = self.model(image.to(dtype)).float()
+        return image, targets
+
+    @staticmethod
+    def losses(logits: Tensor, targets: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """logits, targets: (B, K); labels: (B,) -> "loss", the cross entropy, and "top1"."""
+        logits = logits.float()
         loss = -(targets.to(logits.device) * logits.log_softmax(1)).sum(1).mean()
         top1 = (logits.detach().argmax(1) == labels).float().mean()
         return {"loss": loss, "top1": top1}
