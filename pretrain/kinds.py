@@ -28,6 +28,7 @@ from groundwork.pretrain.labelled_images import (
 from groundwork.pretrain.models.internimage import InternImage, InternImageConfig
 from groundwork.pretrain.models.klite import KliteConfig, build_klite
 from groundwork.pretrain.objectives.classification import Classification, ClassificationConfig
+from groundwork.pretrain.objectives.m3i import M3i, M3iConfig
 from groundwork.pretrain.objectives.unicl import Unicl, UniclConfig
 from groundwork.pretrain.recipe import Recipe, RecipeError
 from groundwork.pretrain.training_data import TrainingData
@@ -65,6 +66,11 @@ def _unicl(recipe: Recipe, model: nn.Module) -> nn.Module:
     return Unicl(model, recipe.objective, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
+def _m3i(recipe: Recipe, model: nn.Module) -> nn.Module:
+    assert isinstance(recipe.objective, M3iConfig)
+    return M3i(model, recipe.objective, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
 def _classification(recipe: Recipe, model: nn.Module) -> nn.Module:
     assert isinstance(recipe.objective, ClassificationConfig)
     classes = _num_classes(recipe)
@@ -73,6 +79,7 @@ def _classification(recipe: Recipe, model: nn.Module) -> nn.Module:
 
 OBJECTIVES: Final[Mapping[str, Callable[[Recipe, nn.Module], nn.Module]]] = {
     "unicl": _unicl,
+    "m3i": _m3i,
     "classification": _classification,
 }
 

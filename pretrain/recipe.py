@@ -22,6 +22,7 @@ from groundwork.pretrain.models.internimage import InternImageConfig
 from groundwork.pretrain.models.klite import KliteConfig
 from groundwork.pretrain.models.swin import SwinConfig
 from groundwork.pretrain.objectives.classification import ClassificationConfig
+from groundwork.pretrain.objectives.m3i import M3iConfig
 from groundwork.pretrain.objectives.unicl import UniclConfig
 from groundwork.pretrain.recipe_file import (
     available_recipes,
@@ -79,7 +80,9 @@ ModelSection = Annotated[
     Discriminator(by_kind("klite")),
 ]
 ObjectiveSection = Annotated[
-    Annotated[UniclConfig, Tag("unicl")] | Annotated[ClassificationConfig, Tag("classification")],
+    Annotated[UniclConfig, Tag("unicl")]
+    | Annotated[M3iConfig, Tag("m3i")]
+    | Annotated[ClassificationConfig, Tag("classification")],
     Discriminator(by_kind("unicl")),
 ]
 DataSection = Annotated[
@@ -90,6 +93,7 @@ DataSection = Annotated[
 #: Objective -> the kinds of model and of data that it takes.
 TAKES: Mapping[str, tuple[str, str]] = {
     "unicl": ("klite", "image_text"),
+    "m3i": ("klite", "image_text"),
     "classification": ("internimage", "labelled_images"),
 }
 
@@ -125,6 +129,9 @@ class Recipe:
                     f"data.image.size is {size}, but model.image.image_size is "
                     f"{tower.image_size}; give both the same number"
                 )
+            if isinstance(self.objective, M3iConfig):
+                batch = self.train.micro_batch or self.train.global_batch
+                self.objective.check(tower, size, batch)
         elif self.model.num_classes < 1:
             raise ValueError(
                 f"model.num_classes is {self.model.num_classes}; objective.kind "

@@ -5,6 +5,7 @@ transformer with mask tokens and fixed positions, and its size, are ours.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class M3iDecoder(nn.Module):
         self.norm_in = nn.LayerNorm(token_dim, eps=LAYER_NORM_EPS)
         self.embed = nn.Linear(token_dim, width)
         self.mask_token = nn.Parameter(torch.empty(width))
-        norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
+        norm: Any = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
         self.blocks = nn.ModuleList(
             Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)
         )

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groundwork.pretrain.models.internimage import InternImage
+from groundwork.pretrain.models.internimage import InternImage, InternImageConfig
 from groundwork.pretrain.models.klite import Klite
 from groundwork.pretrain.models.m3i_decoder import M3iDecoder
 from groundwork.pretrain.models.mixed_images import (
@@ -33,6 +33,10 @@ from groundwork.pretrain.objectives.pixels import normalise
 
 #: Pixels per token of InternImage with the attention pooling, and per position of its last stage.
 TOKEN_STRIDE, LAST_STRIDE = 16, 32
+NEEDS = (
+    "model.image is no InternImage that pools its tokens by attention, which objective.kind m3i "
+    "needs; set model.image.kind: internimage and model.image.use_clip_projector: true"
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,15 @@ class M3iConfig:
                 f"objective.momentum is {self.momentum} and final_momentum {self.final_momentum}; "
                 "give 0 <= momentum <= final_momentum <= 1"
             )
+
+    def check(self, tower: object, image_size: int, batch: int) -> None:
+        """Raise ValueError where a recipe's image tower, picture size and batch do not fit.
+
+        batch: train.micro_batch, or train.global_batch.
+        """
+        if not isinstance(tower, InternImageConfig) or not tower.use_clip_projector:
+            raise ValueError(NEEDS)
+        check_mixable(batch, image_size, image_size, self.mask_cell)
 
 
 class M3i(nn.Module):
@@ -178,7 +191,8 @@ class M3i(nn.Module):
         H, W = pixels.shape[2:]
         mixtures = mix_partners(pixels, per_picture(masks, H, W))
         features = self.model(image=mixtures, ids=batch["ids"], dense=True)
-        share = own_cells(*masks.shape[1:], self.config.mix_share) / masks[0].numel()
+        rows, columns = masks.shape[1:]
+        share = own_cells(rows, columns, self.config.mix_share) / (rows * columns)
         # Cross entropy with the soft targets of mixup: each text counts by its picture's area.
         i2t = t2i = torch.zeros((), device=pixels.device)
         for weight, text, labels in (
@@ -260,9 +274,5 @@ def _gathered(parameters: Sequence[nn.Parameter]) -> Any:
 def _student(model: nn.Module) -> InternImage:
     visual = model.visual if isinstance(model, Klite) else None
     if not isinstance(visual, InternImage) or visual.clip_projector is None:
-        raise ValueError(
-            "objective m3i pre-trains the two-tower model `klite` with an InternImage that pools "
-            "its tokens by attention: set model.image.kind: internimage and "
-            "model.image.use_clip_projector: true"
-        )
+        raise ValueError(NEEDS)
     return visual
