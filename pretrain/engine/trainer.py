@@ -28,7 +28,9 @@ class DivergedError(RuntimeError):
 class Loop:
     """What the loop is told.
 
-    first_step, steps: steps done already, and to be done in all. lr: learning rate of a step.
+    first_step, steps: steps done already, and to be done in all.
+    set_lr: gives the groups of the optimiser the learning rates of a step (0-based); returns the
+        one to be reported.
     save: writes a checkpoint after that many steps (collective).
     """
 
@@ -36,7 +38,7 @@ class Loop:
     steps: int
     plan: BatchPlan
     precision: str
-    lr: Callable[[int], float]
+    set_lr: Callable[[torch.optim.Optimizer, int], float]
     log_every: int
     save_every: int
     save: Callable[[int], object]
@@ -74,9 +76,7 @@ def train(
     first_step_s = 0.0
     since_log, waited, done, saved = began, 0.0, loop.first_step, loop.first_step
     while done < loop.steps and not stop.agreed():
-        lr = loop.lr(done)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+        lr = loop.set_lr(engine.optimizer, done)
         losses: dict[str, Tensor] = {}
         for _ in range(loop.plan.accumulation):
             asked = time.monotonic()

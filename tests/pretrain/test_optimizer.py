@@ -1,21 +1,21 @@
-"""Which parameters decay, and the learning rate of every step."""
+"""Which parameters decay, and how fast each learns."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
 from torch import nn
 
 from groundwork.pretrain.engine.optimizer import (
     OptimizerConfig,
-    ScheduleConfig,
     build_optimizer,
-    lr_at,
     parameter_groups,
+    set_lr,
 )
+from groundwork.pretrain.engine.schedule import ScheduleConfig
 from groundwork.pretrain.models.clip_text import TextConfig
 from groundwork.pretrain.models.klite import InternImageTower, KliteConfig, build_klite
 from groundwork.pretrain.models.swin import SwinConfig
@@ -33,7 +33,7 @@ def klite_objective(image: SwinConfig | InternImageTower) -> nn.Module:
 
 def decayed_names(model: nn.Module) -> set[str]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, 0.1)
+    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.1))
     members = [names[id(p)] for group in groups for p in group["params"]]
     assert len(members) == len(set(members))
     assert set(members) == {n for n, p in model.named_parameters() if p.requires_grad}
@@ -96,7 +96,10 @@ def test_frozen_parameters_are_left_out() -> None:
     model[0].requires_grad_(False)
     assert decayed_names(model) == {"1.weight"}
     model[1].weight.requires_grad_(False)
-    assert [group["weight_decay"] for group in parameter_groups(model, 0.1)] == [0.0]
+    assert [
+        group["weight_decay"]
+        for group in parameter_groups(model, OptimizerConfig(weight_decay=0.1))
+    ] == [0.0]
 
 
 def test_partitioned_parameters_count_by_their_full_shape() -> None:
@@ -122,45 +125,124 @@ def test_a_step_without_gradient_shrinks_what_decays_and_spares_the_rest() -> No
         torch.testing.assert_close(parameter.detach(), expected, msg=name)
 
 
-@settings(max_examples=40, deadline=None)
-@given(warmup=st.integers(0, 12), rest=st.integers(2, 30), min_lr=st.sampled_from([0.0, 1e-4]))
-def test_the_schedule_is_torchs_linear_warm_up_and_cosine(
-    warmup: int, rest: int, min_lr: float
-) -> None:
-    peak, total = 4e-3, warmup + rest
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
-    torch_schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, T_max=rest - 1, eta_min=min_lr
+class Layers(nn.Module):
+    """A module that gives the layer scales of the official code, by the rule of a golden file."""
+
+    def __init__(self, scales: dict[str, float]) -> None:
+        super().__init__()
+        self.scales = scales
+        for name in scales:
+            parent: nn.Module = self
+            *path, last = name.split(".")
+            for step in path:
+                if not hasattr(parent, step):
+                    parent.add_module(step, nn.Module())
+                parent = getattr(parent, step)
+            # what has a bias or a norm is of one dimension; nothing else decides
+            is_vector = last.endswith("bias") or "norm" in name or last.startswith("gamma")
+            is_vector |= ".dw_conv.1." in name or "conv_head.1." in name
+            parent.register_parameter(last, nn.Parameter(torch.ones((1,) if is_vector else (1, 1))))
+
+    def lr_scales(self, decay: float, rule: str) -> dict[str, float]:
+        return {name: scale for name, scale in self.scales.items() if scale != 1.0}
+
+
+def golden_groups(path: Path) -> dict[tuple[float, float], set[str]]:
+    groups = json.loads(path.read_text())["groups"]
+    return {
+        (float(scale), float(decay)): set(names)
+        for (scale, decay), names in ((key.split("|"), names) for key, names in groups.items())
+    }
+
+
+def built_groups(model: nn.Module, config: OptimizerConfig) -> dict[tuple[float, float], set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, config)
+    assert len({(g["lr_scale"], g["weight_decay"]) for g in groups}) == len(groups)
+    return {
+        (float(f"{g['lr_scale']:.10f}"), g["weight_decay"]): {names[id(p)] for p in g["params"]}
+        for g in groups
+    }
+
+
+def test_classification_groups_are_the_official_ones(shared_golden: Path) -> None:
+    folder = shared_golden / "internimage" / "param_groups"
+    expected = golden_groups(folder / "cls_internimage_l.json")
+    scales = {
+        name: scale * (10 if ".offset." in name else 1)
+        for (scale, _), names in expected.items()
+        for name in names
+    }
+    config = OptimizerConfig(weight_decay=0.05, layer_decay=0.9, lr_multipliers={"offset": 0.1})
+    got = built_groups(Layers(scales), config)
+    assert len(got) == len(expected) < 200  # and not one for each of 839 tensors
+    for (scale, decay), names in expected.items():
+        match = [k for k in got if k[1] == decay and k[0] == pytest.approx(scale, rel=1e-6)]
+        assert [got[key] for key in match] == [names]
+
+
+def test_layers_count_from_the_part_that_has_them(shared_golden: Path) -> None:
+    """The detection rule's golden: a backbone below other parts, which learn at the full rate."""
+    folder = shared_golden / "internimage" / "param_groups"
+    expected = golden_groups(folder / "det_internimage_l.json")
+    scale_of = {name: scale for (scale, _), names in expected.items() for name in names}
+    backbone = {n[len("backbone.") :]: s for n, s in scale_of.items() if n.startswith("backbone.")}
+    others = {n: 1.0 for n in scale_of if not n.startswith("backbone.")}
+    model = Layers(others)
+    model.lr_scales = None  # type: ignore[assignment,method-assign]
+    model.backbone = Layers(backbone)
+    config = OptimizerConfig(
+        weight_decay=0.05,
+        layer_decay=0.94,
+        layer_decay_rule="detection",
+        lr_multipliers={"sampling_offsets": 0.01},
+        no_weight_decay=("sampling_offsets",),
     )
-    if warmup:
-        rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
-        fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rest - 1, eta_min=min_lr)
-        torch_schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [warmup])
-    expected = []
-    for _ in range(total):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        torch_schedule.step()
-    schedule = ScheduleConfig(warmup_steps=warmup, min_lr=min_lr)
-    actual = [lr_at(step, total, peak, schedule) for step in range(total)]
-    assert actual == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    got = built_groups(model, config)
+    assert sum(map(len, got.values())) == len(scale_of)
+    for (scale, decay), names in expected.items():
+        match = [k for k in got if k[1] == decay and k[0] == pytest.approx(scale, rel=1e-6)]
+        assert [got[key] for key in match] == [names]
 
 
-def test_the_schedule_at_its_edges() -> None:
-    schedule = ScheduleConfig(warmup_steps=10, min_lr=1e-5)
-    assert lr_at(0, 100, 1e-3, schedule) == pytest.approx(1e-4)
-    assert lr_at(9, 100, 1e-3, schedule) == pytest.approx(1e-3)
-    assert lr_at(10, 100, 1e-3, schedule) == pytest.approx(1e-3)
-    assert lr_at(99, 100, 1e-3, schedule) == pytest.approx(1e-5)
-    assert lr_at(1000, 100, 1e-3, schedule) == pytest.approx(1e-5)
+def test_a_shared_parameter_is_slowed_if_one_of_its_names_is() -> None:
+    model = nn.Module()
+    model.head = nn.Linear(2, 2, bias=False)
+    model.table = Layers({"weight": 0.5})
+    model.table.weight = model.head.weight
+    [group] = parameter_groups(model, OptimizerConfig(layer_decay=0.5))
+    assert group["lr_scale"] == 0.5
 
-    no_warmup = ScheduleConfig(warmup_steps=0, min_lr=1e-5)
-    assert lr_at(0, 100, 1e-3, no_warmup) == 1e-3
-    assert lr_at(0, 1, 1e-3, no_warmup) == 1e-3  # the only step trains
 
-    longer_than_the_run = ScheduleConfig(warmup_steps=1000)
-    assert lr_at(99, 100, 1e-3, longer_than_the_run) == pytest.approx(1e-4)
-    assert lr_at(10, 11, 1e-3, ScheduleConfig(warmup_steps=10)) == pytest.approx(1e-3)
+def test_settings_about_no_parameter_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"lr_multipliers names 'ofset', which is in the name of"):
+        parameter_groups(model, OptimizerConfig(lr_multipliers={"ofset": 0.1}))
+    with pytest.raises(ValueError, match=r"no_weight_decay names 'nrom'"):
+        parameter_groups(model, OptimizerConfig(no_weight_decay=("nrom",)))
+    with pytest.raises(ValueError, match=r"layer_decay is 0\.9, but no part of the model"):
+        parameter_groups(model, OptimizerConfig(layer_decay=0.9))
+
+
+def test_lr_scales_with_the_batch_and_by_group() -> None:
+    """Linear scaling also takes the schedule's own rates along; those are alike for all groups."""
+    model = Layers({"slow.weight": 0.1, "fast.weight": 1.0})
+    config = OptimizerConfig(lr=5e-4, lr_for_batch=512, layer_decay=0.5)
+    schedule = ScheduleConfig("timm_cosine", warmup_steps=20, warmup_lr=5e-7, min_lr=5e-6)
+    optimizer = build_optimizer(model, config)
+
+    def rates(step: int) -> list[float]:
+        base = set_lr(optimizer, step, 100, config, schedule, batch=4096)
+        groups = sorted(optimizer.param_groups, key=lambda g: -g["lr_scale"])
+        assert groups[0]["lr"] == base
+        return [group["lr"] for group in groups]
+
+    assert rates(0) == pytest.approx([4e-6, 4e-6])
+    assert rates(10) == pytest.approx([(4e-3 + 4e-6) / 2, (4e-4 + 4e-6) / 2])
+    assert rates(100) == pytest.approx([4e-5, 4e-5])
+    fast, slow = rates(50)
+    assert fast == pytest.approx((4e-3 + 4e-5) / 2)
+    assert slow == pytest.approx((4e-4 + 4e-5) / 2)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +253,9 @@ def test_the_schedule_at_its_edges() -> None:
         (OptimizerConfig, {"eps": -1e-8}, r"optimizer\.eps"),
         (OptimizerConfig, {"betas": (0.9, 1.0)}, r"optimizer\.betas is \[0\.9, 1\.0\]"),
         (OptimizerConfig, {"weight_decay": -0.1}, r"optimizer\.weight_decay is -0\.1"),
-        (ScheduleConfig, {"warmup_steps": -1}, r"schedule\.warmup_steps is -1"),
-        (ScheduleConfig, {"min_lr": -1e-5}, r"schedule\.min_lr"),
+        (OptimizerConfig, {"lr_for_batch": 0}, r"optimizer\.lr_for_batch is 0"),
+        (OptimizerConfig, {"layer_decay": 1.5}, r"optimizer\.layer_decay is 1\.5"),
+        (OptimizerConfig, {"lr_multipliers": {"a": -1.0}}, r"optimizer\.lr_multipliers\.a is -1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(
