@@ -16,7 +16,8 @@ from groundwork.pretrain.downstream.backbone import BackboneConfig
 from groundwork.pretrain.downstream.classification import ClassificationTask
 from groundwork.pretrain.engine.checkpoint import CheckpointConfig
 from groundwork.pretrain.engine.monitor import MonitorConfig
-from groundwork.pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
+from groundwork.pretrain.engine.optimizer import OptimizerConfig
+from groundwork.pretrain.engine.schedule import ScheduleConfig
 from groundwork.pretrain.models.internimage import InternImageConfig
 from groundwork.pretrain.recipe_file import (
     available_recipes,
