@@ -172,7 +172,7 @@ def test_perfect_predictions_score_one() -> None:
         for t in truths
     ]
     result = evaluate(truths, predictions)
-    for name in ("box_ap", "box_ap75", "box_ap_large", "mask_ap", "mask_ap75", "mask_ap/dog"):
+    for name in ("box_ap", "box_ap75", "box_ap_medium", "mask_ap", "mask_ap75", "mask_ap/dog"):
         assert result[name] == pytest.approx(1)
 
 
