@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from groundwork.pretrain.models.initialisation import Linear
+
 
 class CrossAttention(nn.Module):
     """query: (B, M, D), key, value: (B, N, D) -> (B, M, out_dim).
@@ -14,13 +16,13 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, out_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.k = nn.Linear(dim, dim, bias=False)
-        self.v = nn.Linear(dim, dim, bias=False)
+        self.q = Linear(dim, dim, bias=False)
+        self.k = Linear(dim, dim, bias=False)
+        self.v = Linear(dim, dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.k_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
-        self.proj = nn.Linear(dim, out_dim)
+        self.proj = Linear(dim, out_dim)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # The weights are applied by the layers that own them, where ZeRO-3 has gathered them.

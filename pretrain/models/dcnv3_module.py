@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from groundwork.kernels.dcnv3 import dcnv3
 from groundwork.kernels.depthwise_norm_gelu import depthwise_norm_gelu
+from groundwork.pretrain.models.initialisation import Conv2d, Linear
 
 #: Of every LayerNorm in InternImage.
 LAYER_NORM_EPS = 1e-6
@@ -55,7 +56,7 @@ class DepthwiseNormAct(nn.Sequential):
         return activated
 
 
-class _DepthwiseConv(nn.Conv2d):
+class _DepthwiseConv(Conv2d):
     """x: (B, C, H, W); with a norm (B, H, W, C), and GELU(norm(convolution of x)) as one op."""
 
     def forward(self, x: Tensor, norm: nn.Module | None = None, backend: str = "auto") -> Tensor:
@@ -106,16 +107,7 @@ class DCNv3(nn.Module):
     ) -> None:
         super().__init__()
         dw_kernel_size = kernel_size if dw_kernel_size is None else dw_kernel_size
-        if channels % groups != 0:
-            raise ValueError(
-                f"DCNv3: {channels} channels in {groups} groups; "
-                "choose groups that divide the channels"
-            )
-        if kernel_size % 2 == 0 or dw_kernel_size % 2 == 0:
-            raise ValueError(
-                f"DCNv3: kernel_size is {kernel_size}, dw_kernel_size is {dw_kernel_size}; an even "
-                "one changes the size of the image, give odd ones"
-            )
+        check_layer("DCNv3", channels, groups, kernel_size, dw_kernel_size)
         self.groups = groups
         self.kernel_size = kernel_size
         self.dilation = dilation
@@ -126,26 +118,14 @@ class DCNv3(nn.Module):
 
         points = kernel_size**2 - int(remove_center)
         self.dw_conv = DepthwiseNormAct(channels, dw_kernel_size, act, backend)
-        self.offset = nn.Linear(channels, groups * points * 2)
-        self.mask = nn.Linear(channels, groups * points)
-        self.input_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
+        # It starts on the regular grid with equal weights, and an even mix with the centre.
+        self.offset = Linear(channels, groups * points * 2, start="zeros")
+        self.mask = Linear(channels, groups * points, start="zeros")
+        self.input_proj = Linear(channels, channels, start="xavier")
+        self.output_proj = Linear(channels, channels, start="xavier")
         if center_feature_scale:
-            self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(groups, channels))
-            self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(groups))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Starts on the regular grid with equal weights, and an even mix with the centre."""
-        for layer in (self.offset, self.mask):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for layer in (self.input_proj, self.output_proj):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        if self.center_feature_scale:
-            nn.init.zeros_(self.center_feature_scale_proj_weight)
-            nn.init.zeros_(self.center_feature_scale_proj_bias)
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(groups, channels))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups))
 
     def forward(self, x: Tensor) -> Tensor:
         projected = self.input_proj(x)
@@ -165,7 +145,33 @@ class DCNv3(nn.Module):
         if self.center_feature_scale:
             scale = F.linear(
                 guide, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
-            ).sigmoid()  # (B, H, W, G)
-            scale = scale.repeat_interleave(x.shape[-1] // self.groups, dim=-1)
-            sampled = sampled * (1 - scale) + projected * scale
+            )
+            sampled = mix_with_centre(sampled, projected, scale)
         return self.output_proj(sampled)
+
+
+def mix_with_centre(sampled: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
+    """sampled, centre: (B, H, W, C); scale: (B, H, W, G), of which a sigmoid is the centre's part.
+
+    -> (B, H, W, C), the same part for all channels of a group.
+    """
+    part = scale.sigmoid().unsqueeze(-1)  # (B, H, W, G, 1)
+    by_group = (scale.shape[-1], -1)
+    sampled, centre = sampled.unflatten(-1, by_group), centre.unflatten(-1, by_group)
+    return (sampled + part * (centre - sampled)).flatten(3)
+
+
+def check_layer(
+    layer: str, channels: int, groups: int, kernel_size: int, dw_kernel_size: int | None
+) -> None:
+    """Raises ValueError for sizes that a deformable layer cannot have."""
+    if channels % groups != 0:
+        raise ValueError(
+            f"{layer}: {channels} channels in {groups} groups; "
+            "choose groups that divide the channels"
+        )
+    if kernel_size % 2 == 0 or (dw_kernel_size is not None and dw_kernel_size % 2 == 0):
+        raise ValueError(
+            f"{layer}: kernel_size is {kernel_size}, dw_kernel_size is {dw_kernel_size}; an even "
+            "one changes the size of the image, give odd ones"
+        )

@@ -1,6 +1,6 @@
 """What InternImage (arXiv 2211.05778, section 3.2) is stacked from; official parameter names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -11,28 +11,34 @@ from torch.utils.checkpoint import checkpoint
 from groundwork.kernels.residual_norm import residual_norm
 from groundwork.pretrain.models.dcnv3_module import (
     LAYER_NORM_EPS,
-    DCNv3,
     ToChannelsFirst,
     ToChannelsLast,
 )
+from groundwork.pretrain.models.initialisation import Conv2d, Linear
 
 Norm = Literal["pre_norm", "post_norm", "res_post_norm"]
 
 
 class Stem(nn.Module):
-    """(B, 3, H, W) -> (B, H/4, W/4, C)."""
+    """(B, 3, H, W) -> (B, H/4, W/4, C), odd sizes rounded up.
 
-    def __init__(self, channels: int) -> None:
+    The only change of layout in the network is here, of the image; its three channels are cheap.
+    """
+
+    def __init__(self, channels: int, act: Callable[[], nn.Module] = nn.GELU) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, channels // 2, 3, stride=2, padding=1)
+        self.conv1 = Conv2d(3, channels // 2, 3, stride=2, padding=1)
         self.norm1 = nn.Sequential(
             ToChannelsLast(), nn.LayerNorm(channels // 2, eps=LAYER_NORM_EPS), ToChannelsFirst()
         )
-        self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1)
+        self.act = act()
+        self.conv2 = Conv2d(channels // 2, channels, 3, stride=2, padding=1)
         self.norm2 = nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels, eps=LAYER_NORM_EPS))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != 3:
+            raise ValueError(f"InternImage: x has shape {tuple(x.shape)}; expected (B, 3, H, W)")
+        x = x.contiguous(memory_format=torch.channels_last)
         return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
 
 
@@ -78,7 +84,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels * 2, 3, stride=2, padding=1, bias=False)
+        self.conv = Conv2d(channels, channels * 2, 3, stride=2, padding=1, bias=False)
         self.norm = nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels * 2, eps=LAYER_NORM_EPS))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +92,7 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Module):
-    """A DCNv3 and an MLP, each with a residual: (B, H, W, C) -> (B, H, W, C).
+    """A deformable convolution and an MLP, each with a residual: (B, H, W, C) -> (B, H, W, C).
 
     For f = dcn or mlp, DP = stochastic depth and gamma = layer scale (1 without):
 
@@ -98,34 +104,22 @@ class Block(nn.Module):
     def __init__(
         self,
         channels: int,
-        groups: int,
+        dcn: nn.Module,
+        mlp: nn.Module,
         *,
-        mlp_ratio: float = 4.0,
         norm: Norm = "pre_norm",
         layer_scale: float | None = None,
-        offset_scale: float = 1.0,
-        dw_kernel_size: int = 3,
-        center_feature_scale: bool = False,
-        remove_center: bool = False,
         drop_path: float = 0.0,
-        kernel_backend: str = "auto",
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.norm_scheme = norm
         # The plain layers are the reference of the fused ones.
-        self.backend = "reference" if kernel_backend == "reference" else "auto"
+        self.backend = "reference" if backend == "reference" else "auto"
         self.norm1 = _branch_norm(channels)
-        self.dcn = DCNv3(
-            channels,
-            groups,
-            dw_kernel_size=dw_kernel_size,
-            offset_scale=offset_scale,
-            center_feature_scale=center_feature_scale,
-            remove_center=remove_center,
-            backend=kernel_backend,
-        )
+        self.dcn = dcn
         self.norm2 = _branch_norm(channels)
-        self.mlp = Mlp(channels, int(channels * mlp_ratio))
+        self.mlp = mlp
         self.drop_path = DropPath(drop_path)
         self.gamma1 = self.gamma2 = None
         if layer_scale is not None:
@@ -178,11 +172,18 @@ class BranchNorm(nn.LayerNorm):
 
 
 class Mlp(nn.Module):
-    def __init__(self, channels: int, hidden_channels: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: int,
+        act: Callable[[], nn.Module] = nn.GELU,
+        *,
+        fc2_bias: bool = True,
+    ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, hidden_channels)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_channels, channels)
+        self.fc1 = Linear(channels, hidden_channels)
+        self.act = act()
+        self.fc2 = Linear(hidden_channels, channels, bias=fc2_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))

@@ -1,11 +1,14 @@
 """What an InternImage is: its sizes (arXiv 2211.05778, table 1; 2401.06197) and its options."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
+from groundwork.pretrain.models.internimage_arguments import official_fields
 from groundwork.pretrain.models.internimage_blocks import Norm
 
+Core = Literal["dcnv3", "dcnv4"]
+Activation = Literal["gelu", "relu", "silu"]
 DropPathSchedule = Literal["linear", "uniform"]
 
 
@@ -14,20 +17,26 @@ class InternImageConfig:
     """The defaults are InternImage-T, as trained on ImageNet-1K.
 
     num_classes: 0 leaves the classification head out, see `InternImage.forward_features`.
+    core: the deformable convolution; `dcnv4` is FlashInternImage.
     groups: of the DCNs of each stage; each divides the width channels·2^stage of its stage.
     norm: where a block normalises, see `Block`; layer_scale: the initial gamma, None for none.
-    offset_scale: widens the sampling grid and the offsets; dw_kernel_size: of the depthwise
-        convolution from which offsets and mask come.
+    offset_scale: widens the sampling grid and the offsets.
+    dw_kernel_size: of the depthwise convolution from which offsets and weights come; None for
+        none, with dcnv4 only.
+    act: of the stem, the MLPs, the convolutional head and before the offsets of DCNv3.
+    dcn_output_bias, mlp_fc2_bias: FlashInternImage-T, -S and -B are without them.
     level2_post_norm_block_ids: blocks of the third stage after which its activation is normalised.
     use_clip_projector: attention pooling of the last two stages to clip_dim instead of the
-        convolutional head.
+        convolutional head, which widens the last stage by cls_scale.
     drop_rate: dropout after the stem; drop_path: stochastic depth, of the last block if "linear".
+    frozen_stages: so many stages, and the stem, do not train; 0 freezes nothing.
     activation_checkpointing: recompute each block in the backward pass.
-    kernel_backend: which DCNv3 runs, see `groundwork.kernels.dcnv3`.
+    kernel_backend: which kernels run, see `groundwork.kernels.dcnv3`.
     """
 
     kind: Literal["internimage"] = "internimage"
     num_classes: int = 1000
+    core: Core = "dcnv3"
     channels: int = 64
     depths: tuple[int, ...] = (4, 4, 18, 4)
     groups: tuple[int, ...] = (4, 8, 16, 32)
@@ -35,7 +44,10 @@ class InternImageConfig:
     norm: Norm = "pre_norm"
     layer_scale: float | None = None
     offset_scale: float = 1.0
-    dw_kernel_size: int = 3
+    dw_kernel_size: int | None = 3
+    act: Activation = "gelu"
+    dcn_output_bias: bool = True
+    mlp_fc2_bias: bool = True
     center_feature_scale: bool = False
     remove_center: bool = False
     level2_post_norm_block_ids: tuple[int, ...] = ()
@@ -43,9 +55,11 @@ class InternImageConfig:
     clip_embed_dim: int = 1024
     clip_num_heads: int = 16
     clip_dim: int = 768
+    cls_scale: float = 1.5
     drop_rate: float = 0.0
     drop_path: float = 0.1
     drop_path_schedule: DropPathSchedule = "linear"
+    frozen_stages: int = 0
     activation_checkpointing: bool = False
     kernel_backend: str = "auto"
 
@@ -76,10 +90,29 @@ class InternImageConfig:
                 "InternImageConfig: norm is 'res_post_norm' with a layer_scale of "
                 f"{self.layer_scale}; a block has one of the two, set layer_scale to None"
             )
-        if self.dw_kernel_size % 2 == 0:
+        if self.dw_kernel_size is None and self.core != "dcnv4":
+            raise ValueError(
+                "InternImageConfig: dw_kernel_size is None, and core is 'dcnv3', which takes its "
+                "offsets from a depthwise convolution; give its size, 3 in T to XL and 5 in H and G"
+            )
+        if self.dw_kernel_size is not None and self.dw_kernel_size % 2 == 0:
             raise ValueError(
                 f"InternImageConfig: dw_kernel_size is {self.dw_kernel_size}; an even one changes "
                 "the size of the image, give an odd one"
+            )
+        if not self.dcn_output_bias and self.core != "dcnv4":
+            raise ValueError(
+                "InternImageConfig: dcn_output_bias is false, and core is 'dcnv3', which always "
+                "has this bias; set it to true, or core to dcnv4"
+            )
+        if self.mlp_ratio <= 0 or self.cls_scale <= 0:
+            raise ValueError(
+                f"InternImageConfig: mlp_ratio is {self.mlp_ratio}, cls_scale is {self.cls_scale}; "
+                "both must be above 0"
+            )
+        if not 0 <= self.frozen_stages <= 4:
+            raise ValueError(
+                f"InternImageConfig: frozen_stages is {self.frozen_stages}; give 0 (none) to 4"
             )
         outside = [i for i in self.level2_post_norm_block_ids if not 0 <= i < self.depths[2]]
         if outside:
@@ -110,24 +143,30 @@ class InternImageConfig:
 
     @classmethod
     def from_official(cls, kwargs: Mapping[str, Any]) -> "InternImageConfig":
-        """The config of a model built by the official constructor with these arguments."""
-        names = {
-            "drop_path_rate": "drop_path",
-            "drop_path_type": "drop_path_schedule",
-            "with_cp": "activation_checkpointing",
-        }
-        ignored = {"core_op", "norm_layer", "act_layer", "level2_post_norm"}
-        norm = "pre_norm"
-        if kwargs.get("post_norm"):
-            norm = "post_norm"
-        elif kwargs.get("res_post_norm"):
-            norm = "res_post_norm"
-        fields: dict[str, Any] = {"norm": norm}
-        for name, value in kwargs.items():
-            if name in ("post_norm", "res_post_norm") or name in ignored or value is None:
-                continue
-            fields[names.get(name, name)] = tuple(value) if isinstance(value, list) else value
-        return cls(**fields)
+        """The config of the model that the official constructor builds from these arguments.
+
+        See `official_fields`.
+        """
+        return cls(**official_fields(kwargs))
+
+    def detection(
+        self, drop_path: float | None = None, frozen_stages: int = 0
+    ) -> "InternImageConfig":
+        """The backbone of the official detection and segmentation configs: without a head.
+
+        T to XL have a layer scale of 1.0 there, S to XL until the checkpoint overwrites it. Not
+        followed: without a checkpoint, the official backbone draws all linear weights again, so
+        that offsets and masks do not start at 0.
+        """
+        plain = self.norm != "res_post_norm" and not self.center_feature_scale
+        return replace(
+            self,
+            num_classes=0,
+            use_clip_projector=False,
+            layer_scale=1.0 if plain else self.layer_scale,
+            drop_path=self.drop_path if drop_path is None else drop_path,
+            frozen_stages=frozen_stages,
+        )
 
     @property
     def out_dim(self) -> int:
@@ -136,7 +175,7 @@ class InternImageConfig:
             return self.clip_dim
         width = self.channels * 8
         # the convolutional head widens the last stage, and exists for a classifier only
-        return int(width * 1.5) if self.num_classes > 0 else width
+        return int(width * self.cls_scale) if self.num_classes > 0 else width
 
 
 VARIANTS: Final[Mapping[str, InternImageConfig]] = {
@@ -196,5 +235,42 @@ VARIANTS: Final[Mapping[str, InternImageConfig]] = {
         level2_post_norm_block_ids=(5, 11, 17, 23, 29, 35, 41, 47),
         use_clip_projector=True,
         drop_path=0.4,
+    ),
+    # DCNv4's sizes are those of DCNv3
+    "flash_t": InternImageConfig(
+        core="dcnv4", dw_kernel_size=None, dcn_output_bias=False, mlp_fc2_bias=False
+    ),
+    "flash_s": InternImageConfig(
+        core="dcnv4",
+        channels=80,
+        depths=(4, 4, 21, 4),
+        groups=(5, 10, 20, 40),
+        norm="post_norm",
+        layer_scale=1e-5,
+        dcn_output_bias=False,
+        mlp_fc2_bias=False,
+        drop_path=0.4,
+    ),
+    "flash_b": InternImageConfig(
+        core="dcnv4",
+        channels=112,
+        depths=(4, 4, 21, 4),
+        groups=(7, 14, 28, 56),
+        norm="post_norm",
+        layer_scale=1e-5,
+        offset_scale=0.5,
+        dcn_output_bias=False,
+        mlp_fc2_bias=False,
+        drop_path=0.5,
+    ),
+    "flash_l": InternImageConfig(
+        core="dcnv4",
+        channels=160,
+        depths=(5, 5, 22, 5),
+        groups=(10, 20, 40, 80),
+        norm="post_norm",
+        layer_scale=1e-5,
+        offset_scale=2.0,
+        drop_path=0.1,
     ),
 }
