@@ -80,7 +80,7 @@ def save_checkpoint(engine: Any, out: Path, state: RunState, world: World, keep:
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir(parents=True)
     dist.barrier()
-    shapes = _parameter_shapes(engine)
+    shapes = parameter_shapes(engine)
     engine.save_checkpoint(str(working), tag=TAG, client_state=shapes, save_latest=False)
     torch.save(random_states(), working / f"rank-{world.rank:05d}.pt")
     dist.barrier()
@@ -210,7 +210,7 @@ def load_tensors(path: Path) -> Any:
             ) from error
 
 
-def _parameter_shapes(engine: Any) -> dict[str, dict[str, list[int]]]:
+def parameter_shapes(engine: Any) -> dict[str, dict[str, list[int]]]:
     """What DeepSpeed's checkpoints lack without ZeRO: they number the optimiser's parameters."""
     if engine.zero_optimization_stage() > 0:
         return {}
