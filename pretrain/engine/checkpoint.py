@@ -2,6 +2,7 @@
 
     OUT/checkpoints/step-00000200/deepspeed/*.pt      DeepSpeed's shards, one set per rank
                                   rank-00000.pt       random states of the rank
+                                  averages-00000.pt   the rank's parts of averaged weights, if any
                                   checkpoint.json     step, position, recipe, files with checksums
     OUT/checkpoints/latest                            name of the last complete one
 
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from groundwork.data.atomic import sync_directory, sync_file, write_atomically
+from groundwork.pretrain.engine.averages import Averages
 from groundwork.pretrain.engine.deepspeed_config import World, prepare_environment
 
 FOLDER = "checkpoints"
@@ -32,6 +34,8 @@ LATEST = "latest"
 TAG = "deepspeed"
 #: Key of DeepSpeed's model state: shapes of the optimiser's parameters, in its order, by name.
 PARAMETER_SHAPES = "groundwork_parameter_shapes"
+#: Likewise, of the parameters that are not trained.
+FROZEN_SHAPES = "groundwork_frozen_shapes"
 FORMAT = "groundwork-checkpoint"
 
 
@@ -71,8 +75,20 @@ class RunState:
     bad_samples: int
 
 
-def save_checkpoint(engine: Any, out: Path, state: RunState, world: World, keep: int) -> Path:
-    """Write a checkpoint of `engine`. Collective; returns its folder when it is complete."""
+def save_checkpoint(
+    engine: Any,
+    out: Path,
+    state: RunState,
+    world: World,
+    keep: int,
+    averages: Averages | None = None,
+) -> Path:
+    """Write a checkpoint of `engine`. Collective; returns its folder when it is complete.
+
+    BatchNorm's statistics are averaged over the ranks first, so that all ranks save the same.
+    """
+    if averages is not None:
+        averages.level()
     folder = out / FOLDER
     name = f"step-{state.step:08d}"
     working = folder / f".{name}.partial"
@@ -83,6 +99,8 @@ def save_checkpoint(engine: Any, out: Path, state: RunState, world: World, keep:
     shapes = parameter_shapes(engine)
     engine.save_checkpoint(str(working), tag=TAG, client_state=shapes, save_latest=False)
     torch.save(random_states(), working / f"rank-{world.rank:05d}.pt")
+    if averages is not None and averages.is_saved_by(world.rank):
+        torch.save(averages.state_dict(), averages_file(working, world.rank))
     dist.barrier()
     if world.is_main:
         for script in (*working.glob("*.py"), *working.glob(f"{TAG}/*.py")):
@@ -112,8 +130,10 @@ def save_checkpoint(engine: Any, out: Path, state: RunState, world: World, keep:
     return folder / name
 
 
-def load_checkpoint(engine: Any, checkpoint: Path, world: World) -> RunState:
-    """Restore `engine` and the random states of this rank. Collective."""
+def load_checkpoint(
+    engine: Any, checkpoint: Path, world: World, averages: Averages | None = None
+) -> RunState:
+    """Restore `engine`, its averages and the random states of this rank. Collective."""
     state = read_state(checkpoint)
     if state.world_size != world.size:
         raise CheckpointError(
@@ -125,8 +145,28 @@ def load_checkpoint(engine: Any, checkpoint: Path, world: World) -> RunState:
     loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_lr_scheduler_states=False)
     if loaded is None:
         raise CheckpointError(f"{checkpoint}: DeepSpeed found no state in it; use an earlier one")
+    if averages is not None and averages.has_state:
+        _load_averages(averages, checkpoint, world)
     restore_random_states(load_tensors(checkpoint / f"rank-{world.rank:05d}.pt"))
     return state
+
+
+def averages_file(checkpoint: Path, rank: int) -> Path:
+    """Where a rank's parts of the averages are."""
+    return checkpoint / f"averages-{rank:05d}.pt"
+
+
+def _load_averages(averages: Averages, checkpoint: Path, world: World) -> None:
+    path = averages_file(checkpoint, world.rank if averages.is_saved_by(world.rank) else 0)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing: the checkpoint was saved without averages of the weights, which "
+            "this run has; go on with the settings it was saved with"
+        )
+    try:
+        averages.load_state_dict(load_tensors(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -211,15 +251,24 @@ def load_tensors(path: Path) -> Any:
 
 
 def parameter_shapes(engine: Any) -> dict[str, dict[str, list[int]]]:
-    """What DeepSpeed's checkpoints lack without ZeRO: they number the optimiser's parameters."""
+    """What DeepSpeed's checkpoints lack: the names of the optimiser's parameters without ZeRO, as
+    they number them; and the frozen parameters, which stages 0 and 1 do not tell from buffers."""
+    named = list(engine.module.named_parameters())
+    frozen = {
+        name: list(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in named
+        if not parameter.requires_grad
+    }
+    shapes = {FROZEN_SHAPES: frozen} if frozen else {}
     if engine.zero_optimization_stage() > 0:
-        return {}
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        return shapes
+    names = {id(parameter): name for name, parameter in named}
     # the optimiser of bf16 has float32 copies; the parameters of the module are kept beside them
     groups = getattr(engine.optimizer, "fp16_groups", None)
     if groups is None:
         groups = [group["params"] for group in engine.optimizer.param_groups]
-    return {PARAMETER_SHAPES: {names[id(p)]: list(p.shape) for group in groups for p in group}}
+    shapes[PARAMETER_SHAPES] = {names[id(p)]: list(p.shape) for group in groups for p in group}
+    return shapes
 
 
 class SafeLoading:

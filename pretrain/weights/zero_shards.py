@@ -9,33 +9,95 @@ import torch
 from torch import Tensor
 
 from groundwork.pretrain.engine.checkpoint import (
+    FROZEN_SHAPES,
     PARAMETER_SHAPES,
     TAG,
     CheckpointError,
+    averages_file,
     load_tensors,
 )
+from groundwork.pretrain.engine.parts import joined_parts
 
 
-def full_weights(checkpoint: Path) -> dict[str, Tensor]:
+def full_weights(checkpoint: Path, *, ema: bool = False) -> dict[str, Tensor]:
     """The parameters of a checkpoint, by name: float32 masters, gathered from all ranks.
+
+    ema: the averages of the trained ones instead. Frozen parameters are as the model computes with
+    them, a momentum teacher's as it is averaged. Raises CheckpointError where averages are lacking.
 
     Layout of the shards: ZeRO-3 cuts every parameter into equal parts, one per rank, and lays a
     rank's parts end to end; ZeRO-1 and 2 lay a group's parameters end to end and cut the whole;
     without ZeRO every rank has everything.
     """
     model = load_tensors(_shard_files(checkpoint, "model_states")[0])
+    weights = _averaged(checkpoint, ema=True) if ema else _trained_weights(checkpoint, model)
+    weights |= _frozen_weights(checkpoint, model)
+    weights |= _averaged(checkpoint, ema=False)
+    for alias, name in (model.get("shared_params") or {}).items():
+        weights[alias] = weights[name]
+    return weights
+
+
+def full_buffers(checkpoint: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """The buffers of a checkpoint's model, by name, such as BatchNorm's statistics.
+
+    ema: their averages. All ranks have saved the same statistics.
+    """
+    if ema:
+        return dict(_averages(checkpoint, ema=True)[0]["ema"]["buffers"])
+    model = load_tensors(_shard_files(checkpoint, "model_states")[0])
+    return {name: model["module"][name] for name in model["buffer_names"]}
+
+
+def has_ema(checkpoint: Path) -> bool:
+    """Whether the checkpoint has averages of the weights."""
+    path = averages_file(checkpoint, 0)
+    return path.is_file() and "ema" in load_tensors(path)
+
+
+def _averages(checkpoint: Path, *, ema: bool) -> list[dict[str, Any]]:
+    """The averages that each rank has saved; none where they are not asked for and not there."""
+    paths = sorted(checkpoint.glob(averages_file(checkpoint, 0).name.replace("00000", "*")))
+    states = [load_tensors(path) for path in paths]
+    if ema and not (states and all("ema" in state for state in states)):
+        raise CheckpointError(
+            f"{checkpoint}: no averages of the weights in it; train with a section `ema`, or take "
+            "the weights themselves"
+        )
+    return states
+
+
+def _averaged(checkpoint: Path, *, ema: bool) -> dict[str, Tensor]:
+    """ema: the averaged weights; else the momentum teacher's, if there is one."""
+    states = _averages(checkpoint, ema=ema)
+    own = [state["ema"]["parts"] if ema else state.get("teacher", {}) for state in states]
+    try:
+        return joined_parts(own)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: its averages are incomplete: {error}; use another checkpoint"
+        ) from error
+
+
+def _trained_weights(checkpoint: Path, model: dict[str, Any]) -> dict[str, Tensor]:
     if model["optimizer"] is not None:
         return _whole_weights(model)
     states = _optimizer_shards(checkpoint)
     shapes: list[dict[str, Any]] = model["param_shapes"]
     if _stage(states) == 3:
-        weights = _from_stage_3([torch.cat(list(s["fp32_flat_groups"])) for s in states], shapes)
-    else:
-        groups = zip(*(s["single_partition_of_fp32_groups"] for s in states), strict=True)
-        weights = _from_stage_2([torch.cat(parts) for parts in groups], shapes)
-    for alias, name in model.get("shared_params", {}).items():
-        weights[alias] = weights[name]
-    return weights
+        return _from_stage_3([torch.cat(list(s["fp32_flat_groups"])) for s in states], shapes)
+    groups = zip(*(s["single_partition_of_fp32_groups"] for s in states), strict=True)
+    return _from_stage_2([torch.cat(parts) for parts in groups], shapes)
+
+
+def _frozen_weights(checkpoint: Path, model: dict[str, Any]) -> dict[str, Tensor]:
+    shapes = model.get(FROZEN_SHAPES, {})
+    module = model["module"]
+    if all(module[name].numel() == math.prod(shape) for name, shape in shapes.items()):
+        return {name: module[name].float().view(shape) for name, shape in shapes.items()}
+    ranks = [load_tensors(path) for path in _shard_files(checkpoint, "model_states")]
+    parts = [torch.cat([r["frozen_param_fragments"][n].float() for n in shapes]) for r in ranks]
+    return _from_stage_3(parts, [shapes])
 
 
 def full_optimizer_state(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
@@ -65,12 +127,16 @@ def full_optimizer_state(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def state_digest(checkpoint: Path) -> str:
-    """sha256 over all parameters and both moments of AdamW, by name, for comparing two runs.
+    """sha256 over all parameters, their averages if there are any, and both moments of AdamW, by
+    name, for comparing two runs.
 
     Taken from the reassembled tensors: the shards end in padding that nobody initialises.
     """
     digest = hashlib.sha256()
     tensors = {"weight": full_weights(checkpoint), **full_optimizer_state(checkpoint)}
+    if has_ema(checkpoint):
+        tensors["ema"] = full_weights(checkpoint, ema=True)
+        tensors["ema buffer"] = full_buffers(checkpoint, ema=True)
     for kind, named in tensors.items():
         for name in sorted(named):
             value = named[name]
