@@ -7,7 +7,7 @@ convolutional head; H and G pool their two last stages by attention, which is al
 embedding of their joint image-text pre-training (arXiv 2211.09807).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from groundwork.pretrain.models.initialisation import Conv2d, Linear
 from groundwork.pretrain.models.internimage_blocks import Block, Mlp, Stage, Stem
 from groundwork.pretrain.models.internimage_config import InternImageConfig as InternImageConfig
 from groundwork.pretrain.models.internimage_head import ConvHead, PixelShuffle, fuse_stages
+from groundwork.pretrain.models.internimage_layer_decay import LayerDecayRule, layer_scales
+from groundwork.pretrain.models.internimage_weights import HeadRule, LoadReport, load_weights
 
 ACTIVATIONS: Final[Mapping[str, Callable[[], nn.Module]]] = {
     "gelu": nn.GELU,
@@ -147,6 +149,41 @@ class InternImage(nn.Module):
         maps = self._maps(x, max(taken) + 1 if stop_early else 4)
         chosen = [maps[i] if output_fmt == "NCHW" else maps[i].permute(0, 2, 3, 1) for i in taken]
         return chosen if intermediates_only else (maps[-1], chosen)
+
+    def lr_scales(
+        self, decay: float | None, rule: LayerDecayRule, dcn_lr_mul: float = 1.0
+    ) -> dict[str, float]:
+        """Name of each parameter -> the factor of its learning rate; see `layer_scales`.
+
+        decay: None for none, and then dcn_lr_mul is without effect, too, as in the official code.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        if decay is None:
+            return dict.fromkeys(names, 1.0)
+        return layer_scales(names, self.config.depths, decay, rule, dcn_lr_mul)
+
+    def no_weight_decay(self) -> frozenset[str]:
+        """Parameters of two or more dimensions that are not decayed: none (1-d ones never are)."""
+        return frozenset()
+
+    def load_official(
+        self,
+        checkpoint: Mapping[str, Any],
+        head: HeadRule = "same",
+        class_indices: Sequence[int] | None = None,
+    ) -> LoadReport:
+        """Copy in the weights of an official checkpoint, all of them; see `load_weights`."""
+        return load_weights(self, checkpoint, head, class_indices)
+
+    def official_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the official names, which are ours. They share the model's memory."""
+        partitioned = [n for n, p in self.named_parameters() if hasattr(p, "ds_id")]
+        if partitioned:
+            raise ValueError(
+                f"InternImage: {len(partitioned)} parameters are partitioned over ranks by ZeRO-3; "
+                "save a checkpoint and export it"
+            )
+        return {name: value.detach() for name, value in self.state_dict().items()}
 
     def _maps(self, x: Tensor, stages: int) -> list[Tensor]:
         x = self.pos_drop(self.patch_embed(x))

@@ -26,7 +26,7 @@ class FloatBatchNorm(nn.BatchNorm2d):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {"running_mean": self.running_mean, "running_var": self.running_var}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, values in before.items():
             cast = getattr(self, name)
             if values is not None and cast.is_floating_point() and cast.element_size() < 4:

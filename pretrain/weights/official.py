@@ -40,7 +40,7 @@ def load_official(path: Path) -> dict[str, Tensor]:
 
     path: `.safetensors`, or a `.pt`/`.pth` file that holds a state dict, alone or under `model`.
     """
-    values = _read(path)
+    values = read_file(path)
     for key in ("model", "state_dict"):
         if isinstance(values, Mapping) and isinstance(values.get(key), Mapping):
             values = values[key]
@@ -144,7 +144,11 @@ def _fit(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     return resize_positions(value, shape[0]) if kind == POSITIONS else value
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path) -> Any:
+    """What a `.safetensors`, `.pt` or `.pth` file holds, on the CPU. Raises CheckpointError.
+
+    Nothing in it is executed; a file of more than tensors and plain values is refused.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give a .pt, .pth or .safetensors file")
     try:
