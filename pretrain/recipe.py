@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Tag
 
 from groundwork.pretrain.engine.checkpoint import CheckpointConfig
+from groundwork.pretrain.engine.ema import EmaConfig
 from groundwork.pretrain.engine.monitor import MonitorConfig
 from groundwork.pretrain.engine.optimizer import OptimizerConfig
 from groundwork.pretrain.engine.schedule import ScheduleConfig
@@ -48,6 +49,9 @@ class TrainConfig:
     steps: optimiser steps. global_batch: samples per step over all ranks; micro_batch: samples per
     rank and forward pass, so that accumulation is global_batch / (micro_batch x ranks).
     micro_batch null: global_batch / ranks, no accumulation.
+    partitioned_init: with zero_stage 3, build the model in parts, so that no rank ever holds all
+    its weights; the masters of bf16 then start from values rounded to bf16. null: for models of
+    more than 500 million parameters.
     """
 
     steps: int
@@ -57,8 +61,14 @@ class TrainConfig:
     seed: int = 0
     gradient_clipping: float = 0.0
     zero_stage: Literal[0, 1, 2, 3] = 3
+    partitioned_init: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.partitioned_init and self.zero_stage != 3:
+            raise ValueError(
+                f"train.partitioned_init is true and train.zero_stage {self.zero_stage}; only "
+                "stage 3 partitions the weights, so set it to 3 or leave the other out"
+            )
         for name in ("steps", "global_batch", "micro_batch"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_COUNT:
@@ -100,7 +110,10 @@ TAKES: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run. `deepspeed` is merged verbatim into the generated config."""
+    """Everything that decides a run. `deepspeed` is merged verbatim into the generated config.
+
+    ema: an average of the weights is kept, which evaluation and export then take.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # holds for the sections, too
 
@@ -110,6 +123,7 @@ class Recipe:
     train: TrainConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
