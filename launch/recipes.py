@@ -13,11 +13,20 @@ app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 @app.command("list")
 def list_recipes() -> None:
     """The recipes that come with groundwork, with the first line of each."""
-    from groundwork.pretrain.recipe import RECIPES, available
+    from groundwork.pretrain.downstream.finetune_recipe import FINETUNE_RECIPES
+    from groundwork.pretrain.recipe import RECIPES
+    from groundwork.pretrain.recipe_file import available_recipes
 
-    for name in available():
-        first = (RECIPES / f"{name}.yaml").read_text("utf-8").splitlines()[0]
-        print(f"{name:20} {first.lstrip('# ')}")
+    for title, folder in (
+        ("groundwork pretrain", RECIPES),
+        ("groundwork finetune", FINETUNE_RECIPES),
+    ):
+        names = available_recipes(folder)
+        print(f"{title}:")
+        width = max(map(len, names), default=0)
+        for name in names:
+            first = (folder / f"{name}.yaml").read_text("utf-8").splitlines()[0]
+            print(f"  {name:{width}}  {first.lstrip('# ')}")
 
 
 @app.command("show")
@@ -27,13 +36,31 @@ def show(
         list[str] | None, typer.Option("--set", help="Override: key.path=value.")
     ] = None,
 ) -> None:
-    """Check a recipe and print it resolved: every key, defaults included."""
+    """Check a recipe and print it resolved: every key, defaults included.
+
+    A file with a section `task` is one of fine-tuning.
+    """
 
     def run() -> int:
-        from groundwork.pretrain.recipe import load_recipe, recipe_to_dict
+        from groundwork.pretrain.recipe_file import recipe_to_dict
 
-        resolved = recipe_to_dict(load_recipe(recipe, set_ or []))
+        resolved = recipe_to_dict(_load(recipe, set_ or []))
         print(yaml.safe_dump(resolved, sort_keys=False), end="")
         return 0
 
     raise typer.Exit(reporting(run))
+
+
+def _load(name: str, overrides: list[str]) -> object:
+    """A recipe of either kind."""
+    from groundwork.pretrain.downstream.finetune_recipe import (
+        FINETUNE_RECIPES,
+        load_finetune_recipe,
+    )
+    from groundwork.pretrain.recipe import RECIPES, load_recipe
+    from groundwork.pretrain.recipe_file import find_recipe, is_recipe_of
+
+    path = find_recipe(name, RECIPES, FINETUNE_RECIPES)
+    if is_recipe_of("task", path):
+        return load_finetune_recipe(str(path), overrides)
+    return load_recipe(str(path), overrides)

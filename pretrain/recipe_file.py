@@ -71,15 +71,26 @@ def available_recipes(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def find_recipe(name: str, folder: Path) -> Path:
-    """The file of a recipe. Raises RecipeError that names the nearest one."""
-    for path in (Path(name), folder / f"{name}.yaml"):
+def find_recipe(name: str, *folders: Path) -> Path:
+    """The file of a recipe: a path, or a name in one of `folders`.
+
+    Raises RecipeError that names the nearest one.
+    """
+    for path in (Path(name), *(folder / f"{name}.yaml" for folder in folders)):
         if path.is_file():
             return path
-    known = available_recipes(folder)
+    known = [found for folder in folders for found in available_recipes(folder)]
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise RecipeError(f"no recipe {name!r}: {hint}Give a YAML file or one of: {', '.join(known)}")
+
+
+def is_recipe_of(section: str, path: Path) -> bool:
+    """Whether a recipe file, or the base it differs from, has a section of that name."""
+    values, places = _read_file(path)
+    if BASE in values:
+        values, _ = _over_base(values, places, path, path.parent)
+    return section in values
 
 
 def by_kind(default: str) -> Callable[[Any], str]:

@@ -283,3 +283,40 @@ def test_a_resolved_recipe_cannot_be_changed(write: Writer) -> None:
 def test_an_override_is_blamed_and_not_the_file() -> None:
     with pytest.raises(RecipeError, match=r"^--set train\.stepz=3: unknown key 'train\.stepz'"):
         load_recipe("klite_emoji", ["train.stepz=3"])
+
+
+def test_a_recipe_says_what_differs_from_its_base(tmp_path: Path) -> None:
+    (tmp_path / "low.yaml").write_text(GOOD)
+    above = tmp_path / "above.yaml"
+    above.write_text("# less\nbase: low\ntrain: {steps: 3}\nmodel:\n  image: {depths: [2, 1]}\n")
+    low, high = load_recipe(str(tmp_path / "low.yaml")), load_recipe(str(above))
+    assert high.train == replace(low.train, steps=3)
+    assert high.model.image == replace(low.model.image, depths=(2, 1))  # type: ignore[union-attr]
+    assert high.data == low.data
+    assert load_recipe(str(above), ["train.steps=4"]).train.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: lo\n", r"above\.yaml:1: base: no recipe 'lo'"),
+        ("base: above\n", r"above\.yaml:1: base 'above' has a base itself"),
+        ("base: 3\n", r"above\.yaml:1: base is 3; give the name of a recipe"),
+        ("base: low\ntrain: {stepps: 3}\n", r"above\.yaml:2: unknown key 'train.stepps'"),
+        ("base: bad\n", r"bad\.yaml:2: unknown key 'train.stepps'"),
+    ],
+)
+def test_a_mistake_with_a_base_is_named_where_it_stands(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "low.yaml").write_text(GOOD)
+    (tmp_path / "bad.yaml").write_text("# one\ntrain: {stepps: 3}\n")
+    (tmp_path / "above.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(tmp_path / "above.yaml"))
+
+
+def test_settings_that_no_recipe_has_are_named_with_the_kinds(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(GOOD + "ema: {decay: 1.5}\n")
+    with pytest.raises(RecipeError, match=r"ema.decay is 1.5; it must be in \[0, 1\)"):
+        load_recipe(str(tmp_path / "mine.yaml"))
