@@ -47,7 +47,7 @@ class StopRequest:
 
 
 def _launchers() -> list[psutil.Process]:
-    """The processes of `deepspeed` or `groundwork pretrain` above this one."""
+    """The processes of launchers above this one: `deepspeed`, `accelerate`, `groundwork`'s own."""
     above = psutil.Process(os.getpid()).parents()
     found = []
     for process in above:
@@ -55,8 +55,9 @@ def _launchers() -> list[psutil.Process]:
             command = process.cmdline()
         except psutil.Error:
             break
-        is_deepspeed = any("deepspeed" in Path(word).name for word in command[:5])
-        if not is_deepspeed and "pretrain" not in command:
+        names = {Path(word).name for word in command[:5]}
+        is_launcher = any(word in name for name in names for word in ("deepspeed", "accelerate"))
+        if not is_launcher and not {"pretrain", "finetune"} & set(command):
             break
         found.append(process)
     return found
