@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 import torch.distributed as dist
 import yaml
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from groundwork.data.atomic import write_atomically
 from groundwork.data.batch_plan import BatchPlan
 from groundwork.data.shards import CONCEPTS
 from groundwork.data.text import ClipTokenizer, load_tokenizer
+from groundwork.pretrain.engine.averages import Averages
 from groundwork.pretrain.engine.checkpoint import (
     CheckpointError,
     RunState,
@@ -30,14 +32,18 @@ from groundwork.pretrain.engine.faults import Quarantine
 from groundwork.pretrain.engine.masters import set_masters
 from groundwork.pretrain.engine.monitor import Monitor
 from groundwork.pretrain.engine.optimizer import build_optimizer, set_lr
+from groundwork.pretrain.engine.partitioned_init import LARGE, build_partitioned, parameter_count
 from groundwork.pretrain.engine.run_lock import locked_run
 from groundwork.pretrain.engine.stop import StopRequest
+from groundwork.pretrain.engine.throughput import training_flops
 from groundwork.pretrain.engine.trainer import Loop, train
 from groundwork.pretrain.image_text import (
     ImageTextConfig,
     make_tokenizer,
 )
 from groundwork.pretrain.kinds import DATA, build_objective
+from groundwork.pretrain.models.flops import internimage_macs
+from groundwork.pretrain.models.internimage_config import InternImageConfig
 from groundwork.pretrain.models.klite import KliteConfig
 from groundwork.pretrain.objectives.classification import ClassificationConfig
 from groundwork.pretrain.recipe import (
@@ -160,10 +166,16 @@ def _pretrain(
         bad_samples=0,
         **data.digests(),
     )
-    if checkpoint is not None:
-        state = replace(load_checkpoint(engine, checkpoint, world), recipe=recipe_to_dict(recipe))
-    elif recipe.train.precision == "bf16":
+    if checkpoint is None and initial is not None:
         set_masters(engine, initial)
+    try:
+        averages = Averages(engine, recipe.ema, recipe.train.steps, initial)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    del initial  # as large as the model
+    if checkpoint is not None:
+        loaded = load_checkpoint(engine, checkpoint, world, averages)
+        state = replace(loaded, recipe=recipe_to_dict(recipe))
     if world.is_main:
         write_atomically(out / RECIPE, yaml.safe_dump(dict(state.recipe), sort_keys=False).encode())
     monitor = Monitor(
@@ -188,7 +200,7 @@ def _pretrain(
             position=step * plan.global_batch,
             bad_samples=quarantine.count,
         )
-        return save_checkpoint(engine, out, now, world, recipe.checkpoint.keep)
+        return save_checkpoint(engine, out, now, world, recipe.checkpoint.keep, averages)
 
     if checkpoint is not None:
         monitor.say(f"resuming from {checkpoint} at sample {state.position:,}")
@@ -210,6 +222,8 @@ def _pretrain(
                     recipe.schedule,
                     plan.global_batch,
                 ),
+                after_step=averages.after_step,
+                flops_per_sample=flops_per_sample(recipe),
                 log_every=recipe.monitor.log_every,
                 save_every=recipe.checkpoint.every_steps,
                 save=save,
@@ -280,26 +294,49 @@ def engine_settings(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     return settings
 
 
+def flops_per_sample(recipe: Recipe) -> float | None:
+    """Of the model's forward and backward pass; None where nobody has counted it."""
+    if not isinstance(recipe.model, InternImageConfig):
+        return None
+    size = recipe.data.image.size
+    return training_flops(internimage_macs(recipe.model, size, size))
+
+
 def _build_engine(
     recipe: Recipe, settings: dict[str, Any], tokenizer: ClipTokenizer | None, world: World
-) -> tuple[Any, dict[str, Tensor]]:
-    """The engine, and the initial weights where DeepSpeed rounds them (bf16; empty otherwise)."""
+) -> tuple[Any, dict[str, Tensor] | None]:
+    """The engine, and the initial weights where DeepSpeed rounds them (bf16; None otherwise).
+
+    A model that is built in parts has no whole weights to give: its masters start from bf16.
+    """
     import deepspeed
 
-    # all ranks build the same initial weights; after that each draws its own numbers
-    torch.manual_seed(recipe.train.seed)
-    objective = build_objective(recipe, tokenizer)
-    initial = {}
-    if recipe.train.precision == "bf16":
-        initial = {name: p.detach().clone() for name, p in objective.named_parameters()}
-    engine, *_ = deepspeed.initialize(
-        model=objective,
-        optimizer=build_optimizer(objective, recipe.optimizer),
-        config=settings,
-    )
+    def build() -> nn.Module:
+        # all ranks build the same initial weights; after that each draws its own numbers
+        torch.manual_seed(recipe.train.seed)
+        return build_objective(recipe, tokenizer)
+
+    initial = None
+    if _is_partitioned(recipe, build):
+        objective = build_partitioned(build, settings)
+    else:
+        objective = build()
+        if recipe.train.precision == "bf16":
+            initial = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    try:
+        optimizer = build_optimizer(objective, recipe.optimizer)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
     own = recipe.train.seed * 65_537 + world.rank + 1
     torch.manual_seed(own)
     # nothing here draws from these two, but they go into checkpoints, and a library may
     random.seed(own)
     np.random.seed(own % 2**32)
     return engine, initial
+
+
+def _is_partitioned(recipe: Recipe, build: Callable[[], nn.Module]) -> bool:
+    if recipe.train.partitioned_init is None:
+        return recipe.train.zero_stage == 3 and parameter_count(build) > LARGE
+    return recipe.train.partitioned_init

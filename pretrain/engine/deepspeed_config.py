@@ -98,6 +98,8 @@ def deepspeed_config(
             "contiguous_gradients": True,
             "overlap_comm": torch.cuda.is_available(),
             "stage3_gather_16bit_weights_on_model_save": True,
+            # it would replace torch's linear for the rest of the process, models of others included
+            "memory_efficient_linear": False,
         },
     }
     return _merged(config, overrides)

@@ -37,7 +37,8 @@ class Monitor:
     """Rank 0's view of the run; on other ranks every call does nothing.
 
     A metric line has: step, samples (seen so far), epoch, seconds (of this process), the losses,
-    lr, grad_norm, samples_per_s, data_wait (share of the time), bad_samples.
+    lr, grad_norm, samples_per_s, data_wait (share of the time), bad_samples; and, where the model's
+    work is known, tflops_per_s of each device and mfu, its share of the device's peak.
     """
 
     def __init__(
@@ -91,6 +92,10 @@ class Monitor:
             f"loss {metrics['loss']:.3f}  {metrics['samples_per_s']:.0f} samples/s  "
             f"data wait {metrics['data_wait']:.0%}"
         )
+        if "mfu" in metrics:
+            status += f"  MFU {metrics['mfu']:.0%}"
+        elif "tflops_per_s" in metrics:
+            status += f"  {metrics['tflops_per_s']:.3g} TFLOP/s"
         self._progress.update(self._task, status=status)
         # without a terminal (a log file, a cluster) a line now and then takes the bar's place
         now = time.monotonic()

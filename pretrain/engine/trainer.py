@@ -16,6 +16,7 @@ from groundwork.pretrain.engine.deepspeed_config import World
 from groundwork.pretrain.engine.faults import Quarantine
 from groundwork.pretrain.engine.monitor import Monitor
 from groundwork.pretrain.engine.stop import StopRequest, seconds_since_launch
+from groundwork.pretrain.engine.throughput import device_peak, throughput
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,6 +32,8 @@ class Loop:
     first_step, steps: steps done already, and to be done in all.
     set_lr: gives the groups of the optimiser the learning rates of a step (0-based); returns the
         one to be reported.
+    after_step: called after each optimiser step with the number of steps done (collective).
+    flops_per_sample: of the model, forward and backward; None if that is not known.
     save: writes a checkpoint after that many steps (collective).
     """
 
@@ -39,6 +42,8 @@ class Loop:
     plan: BatchPlan
     precision: str
     set_lr: Callable[[torch.optim.Optimizer, int], float]
+    after_step: Callable[[int], object]
+    flops_per_sample: float | None
     log_every: int
     save_every: int
     save: Callable[[int], object]
@@ -72,6 +77,7 @@ def train(
     )
     engine.train()
     dtype = DTYPES[loop.precision]
+    peak = device_peak(world.device, loop.precision)
     began = time.monotonic()
     first_step_s = 0.0
     since_log, waited, done, saved = began, 0.0, loop.first_step, loop.first_step
@@ -91,6 +97,7 @@ def train(
                 part = value.detach().float() / loop.plan.accumulation
                 losses[name] = losses[name] + part if name in losses else part
         done += 1
+        loop.after_step(done)
         monitor.step(done)
         if done == loop.first_step + 1:
             first_step_s = seconds_since_launch()
@@ -100,6 +107,7 @@ def train(
             steps = done - max(loop.first_step, (done - 1) // loop.log_every * loop.log_every)
             samples = done * loop.plan.global_batch
             means = _over_ranks(losses, waited / (now - since_log), quarantine, samples, world)
+            rate = steps * loop.plan.global_batch / (now - since_log)
             metrics = {
                 "step": done,
                 "samples": samples,
@@ -109,7 +117,8 @@ def train(
                 "lr": lr,
                 "grad_norm": _gradient_norm(engine),
                 "seconds_per_step": (now - since_log) / steps,
-                "samples_per_s": steps * loop.plan.global_batch / (now - since_log),
+                "samples_per_s": rate,
+                **throughput(rate, loop.flops_per_sample, world.size, peak),
                 "bad_samples": quarantine.count,
                 "first_step_s": first_step_s,
             }
