@@ -56,26 +56,9 @@ def load(name: str) -> dict[str, Tensor]:
 
 def official_config(name: str) -> InternImageConfig:
     """The golden model's official arguments, in our terms."""
-    official, clip = MODELS[name]["config"], MODELS[name]["clip_head"]
-    norm = "pre_norm"
-    if official.get("post_norm"):
-        norm = "post_norm"
-    elif official.get("res_post_norm"):
-        norm = "res_post_norm"
-    config = InternImageConfig(
-        num_classes=official["num_classes"],
-        channels=official["channels"],
-        depths=tuple(official["depths"]),
-        groups=tuple(official["groups"]),
-        mlp_ratio=official["mlp_ratio"],
-        norm=norm,  # type: ignore[arg-type]
-        layer_scale=official.get("layer_scale"),
-        offset_scale=official["offset_scale"],
-        dw_kernel_size=official.get("dw_kernel_size", 3),
-        center_feature_scale=official.get("center_feature_scale", False),
-        level2_post_norm_block_ids=tuple(official.get("level2_post_norm_block_ids", ())),
-        use_clip_projector=official.get("use_clip_projector", False),
-        drop_path=official["drop_path_rate"],
+    config, clip = (
+        InternImageConfig.from_official(MODELS[name]["config"]),
+        MODELS[name]["clip_head"],
     )
     if clip is None:
         return config
