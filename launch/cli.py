@@ -51,6 +51,29 @@ def pretrain(
     raise typer.Exit(start(recipe, out, set_ or [], ranks, timeout))
 
 
+@app.command()
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or path of a YAML file.")],
+    out: Annotated[str, typer.Option(help="Folder of the run; an unfinished one is resumed.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: key.path=value (repeatable).")
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(help="Processes to start here (DDP); 1 inside accelerate or torchrun.")
+    ] = 1,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds after which a silent rank ends the job.")
+    ] = 1800.0,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", hidden=True, help="Passed by deepspeed; unused.")
+    ] = None,
+) -> None:
+    """Fine-tune on a task, under Accelerate (as one rank where RANK is set, else as the job)."""
+    from groundwork.launch.finetuning import start
+
+    raise typer.Exit(start(recipe, out, set_ or [], ranks, timeout))
+
+
 @app.command("export")
 def export_model(
     checkpoint: Annotated[Path, typer.Option(help="Folder of a run, or one of its checkpoints.")],

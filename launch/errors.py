@@ -50,13 +50,15 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from groundwork.data.stream import UnreadableDataError
     from groundwork.data.text import TokenizerError
     from groundwork.kernels.optional_backends import BackendError
+    from groundwork.pretrain.downstream.finetune_engine import EngineError
     from groundwork.pretrain.engine.checkpoint import CheckpointError
     from groundwork.pretrain.recipe import RecipeError
-    from groundwork.pretrain.weights.huggingface import ExportError
+    from groundwork.pretrain.weights.export_error import ExportError
 
     return (
         BackendError,
         CheckpointError,
+        EngineError,
         ExportError,
         KnowledgeError,
         RecipeError,

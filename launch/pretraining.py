@@ -30,7 +30,7 @@ def start(recipe: str, out: str, overrides: list[str], ranks: int, timeout_s: fl
             f"{timeout_s:g} is not between 1 and {LONGEST_TIMEOUT:,} seconds",
             param_hint="--timeout",
         )
-    early = _note_signals()
+    early = note_signals()
     if ranks > 1 and "RANK" not in os.environ:
         arguments = ["pretrain", recipe, "--out", out]
         for override in overrides:
@@ -40,7 +40,7 @@ def start(recipe: str, out: str, overrides: list[str], ranks: int, timeout_s: fl
     return reporting(lambda: _run_rank(recipe, out, overrides, rank, timeout_s, early), rank=rank)
 
 
-def _note_signals() -> list[int]:
+def note_signals() -> list[int]:
     """Collect stop signals from now on: imports and start-up take seconds, which one must survive.
 
     A second Ctrl-C interrupts at once.
@@ -67,8 +67,8 @@ def _run_rank(
     timeout_s: float,
     early: list[int],
 ) -> int:
-    _quieten()
-    if early and (status := _stopped_early()) is not None:
+    quieten()
+    if early and (status := stopped_early()) is not None:
         return status
     from groundwork.pretrain.engine.deepspeed_config import (
         prepare_environment,
@@ -85,7 +85,7 @@ def _run_rank(
     recipe = load_recipe(recipe_name, overrides)
     batch_plan(recipe, int(os.environ.get("WORLD_SIZE", "1")), rank)
     data = check_inputs(recipe, Path(out))
-    if stop.requested and (status := _stopped_early()) is not None:
+    if stop.requested and (status := stopped_early()) is not None:
         return status
     world = start_process_group(timeout_s)
     with foreground(enabled=world.is_main):
@@ -94,7 +94,7 @@ def _run_rank(
         if done < recipe.train.steps:
             print(
                 f"\nstopped after step {done} of {recipe.train.steps}; to go on, run\n"
-                f"  {_command(world.size)}",
+                f"  {start_command(world.size)}",
                 flush=True,
             )
         else:
@@ -102,7 +102,7 @@ def _run_rank(
     return 0
 
 
-def _stopped_early() -> int | None:
+def stopped_early() -> int | None:
     """The exit status of a rank asked to stop before it has joined the others, if it may leave.
 
     None under a launcher of others, which would not tell the other ranks: then the job starts, and
@@ -116,7 +116,7 @@ def _stopped_early() -> int | None:
     return None
 
 
-def _command(world_size: int) -> str:
+def start_command(world_size: int) -> str:
     """The command line that started this job."""
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     if os.environ.get("GROUNDWORK_RANKS"):
@@ -130,7 +130,8 @@ def _command(world_size: int) -> str:
     return f"{name} {shlex.join(arguments)}"
 
 
-def _quieten() -> None:
+def quieten() -> None:
+    """Silence what DeepSpeed and torch say at every start and nobody can act upon."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     for message in (

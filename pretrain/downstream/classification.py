@@ -6,7 +6,6 @@ centre crop.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -156,19 +155,3 @@ def build_classification(
         num_classes = 1 + max(concept.label for concept in dataset.concepts)
     model = build_backbone(replace(backbone, num_classes=num_classes))
     return Classify(config, model, num_classes)
-
-
-def read_class_index(path: Path) -> list[int]:
-    """The file of a head conversion: for each new class, the number of its row in the old head.
-
-    Integers separated by blanks or line ends, as in the official map of 21,841 classes to 1,000.
-    Raises ValueError.
-    """
-    words = path.read_text("utf-8").split()
-    bad = next((word for word in words if not word.isdecimal()), None)
-    if bad is not None or not words:
-        what = f"holds {bad[:40]!r}" if bad is not None else "is empty"
-        raise ValueError(
-            f"{path} {what}; expected one row number of the old head for each new class"
-        )
-    return [int(word) for word in words]

@@ -15,10 +15,12 @@ from pydantic import ConfigDict
 from groundwork.pretrain.downstream.backbone import BackboneConfig
 from groundwork.pretrain.downstream.classification import ClassificationTask
 from groundwork.pretrain.engine.checkpoint import CheckpointConfig
+from groundwork.pretrain.engine.ema import EmaConfig
 from groundwork.pretrain.engine.monitor import MonitorConfig
 from groundwork.pretrain.engine.optimizer import OptimizerConfig
 from groundwork.pretrain.engine.schedule import ScheduleConfig
 from groundwork.pretrain.models.internimage import InternImageConfig
+from groundwork.pretrain.models.internimage_weights import HeadRule
 from groundwork.pretrain.recipe_file import (
     available_recipes,
     differing_keys,
@@ -47,15 +49,17 @@ class WeightsConfig:
     path: the folder of a pretraining or fine-tuning run, or one of its checkpoints; an official
         checkpoint (.pth, .safetensors); or a folder written by `groundwork export`.
     ema: take the averaged weights, where there are some.
-    allow_missing, allow_unexpected: beginnings of parameter names that the file may lack, or may
-        have beyond the backbone's. Anything else that does not match is an error. Weights of a
-        classifier that the backbone does not have need not be listed.
+    head: what becomes of a head that does not fit, see `HeadRule`: `same` refuses it, `skip` starts
+        it afresh, `zeros` and `scaled` so too, with small weights, as in the official fine-tuning.
+        null: `same` where the backbone classifies, `skip` where it does not.
+    class_indices: a text file of one integer per class, its row in the checkpoint's head, as when a
+        head of 21,841 classes is to serve ImageNet-1K.
     """
 
     path: str
     ema: bool = True
-    allow_missing: tuple[str, ...] = ()
-    allow_unexpected: tuple[str, ...] = ()
+    head: HeadRule | None = None
+    class_indices: str | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class FinetuneRecipe:
     train: FinetuneTrain
     backbone: BackboneConfig = field(default_factory=InternImageConfig)
     weights: WeightsConfig | None = None
+    ema: EmaConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
