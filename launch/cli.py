@@ -76,16 +76,69 @@ def finetune(
 
 @app.command("export")
 def export_model(
-    checkpoint: Annotated[Path, typer.Option(help="Folder of a run, or one of its checkpoints.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of a run, or one of its checkpoints; with --variant a file of official "
+            "weights (.pth, .pt, .safetensors)."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     format_: Annotated[
-        str, typer.Option("--format", help="hf (loads with transformers) or groundwork.")
+        str,
+        typer.Option(
+            "--format",
+            help="hf (loads with transformers), groundwork, or for InternImage official or onnx.",
+        ),
     ] = "hf",
+    ema: Annotated[bool, typer.Option(help="The averaged weights.")] = False,
+    image_tower: Annotated[
+        bool, typer.Option(help="Only the image model of an image-text model.")
+    ] = False,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="Size of official weights: t, s, b, l, xl, h, g, flash_t, ..., flash_l."),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes of official weights; 1000 unless given.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the pictures of official weights; 224 unless given.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="File of class names, one per line, in their order.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Licence of the weights, for the model card.")
+    ] = None,
+    pth: Annotated[
+        bool, typer.Option(help="official: also a .pth file, as the official code reads.")
+    ] = False,
+    features: Annotated[bool, typer.Option(help="onnx: also give the four maps.")] = False,
+    opset: Annotated[int, typer.Option(help="onnx: version of the operators, 16 to 23.")] = 18,
 ) -> None:
-    """Write a trained model for others; reloaded in a fresh process, it must embed the same."""
-    from groundwork.launch.export import start
+    """Write a model for others; reloaded in a fresh process, it must compute the same."""
+    from groundwork.launch.export import ExportArguments, start
 
-    raise typer.Exit(start(checkpoint, out, format_))
+    raise typer.Exit(
+        start(
+            ExportArguments(
+                checkpoint,
+                out,
+                format_,
+                ema=ema,
+                image_tower=image_tower,
+                variant=variant,
+                num_classes=num_classes,
+                size=size,
+                labels=labels,
+                licence=licence,
+                pth=pth,
+                features=features,
+                opset=opset,
+            )
+        )
+    )
 
 
 @app.command()

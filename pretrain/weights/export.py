@@ -1,18 +1,19 @@
-"""Write a trained model for others: folder with safetensors, config, tokenizer and model card.
+"""Write a model for others: a folder with weights, configuration and model card.
 
-Every export is loaded again in a fresh process and must give the same embeddings.
+Every export is loaded again in a fresh process and must compute the same. A new format is a
+function that writes one, a function in `reload_export.py` that loads it as a stranger would, and an
+entry of `FORMATS`.
 """
 
-import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 import torch
 from safetensors import SafetensorError
@@ -20,62 +21,164 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groundwork.data.atomic import directory_written_atomically, umask
-from groundwork.data.text import load_tokenizer
-from groundwork.pretrain.kinds import MODELS
-from groundwork.pretrain.models.klite import Klite
-from groundwork.pretrain.recipe import recipe_from_dict, recipe_to_dict
-from groundwork.pretrain.weights.huggingface import (
-    ExportError,
-    embed,
-    image_processor,
-    to_huggingface,
+from groundwork.pretrain.weights import reload_export
+from groundwork.pretrain.weights.export_error import ExportError
+from groundwork.pretrain.weights.export_groundwork import image_model_outputs, write_groundwork
+from groundwork.pretrain.weights.export_internimage import write_internimage
+from groundwork.pretrain.weights.export_klite import (
+    klite_outputs,
+    klite_probe,
+    write_klite,
+    write_klite_groundwork,
 )
-from groundwork.pretrain.weights.trained import Trained
+from groundwork.pretrain.weights.export_official import write_official
+from groundwork.pretrain.weights.export_onnx import TOLERANCE as ONNX_TOLERANCE
+from groundwork.pretrain.weights.export_onnx import write_onnx
+from groundwork.pretrain.weights.exportable import Exportable, ExportOptions, relative_difference
+from groundwork.pretrain.weights.model_card import CARD, SIGN, model_card
 
-#: Largest difference of an embedding after the export, in absolute value.
-TOLERANCE = 1e-5
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-#: How a model card tells an export of ours, and the files one may have (large weights are cut).
-MADE_BY = "Pretrained with groundwork"
-WRITTEN = re.compile(
+#: Largest difference of an output after the export, as a part of the largest output above 1.
+TOLERANCE: Final = 1e-5
+#: Of grid_sample, whose coordinates are rounded to a millionth of the picture, deep in a network.
+SAMPLING_TOLERANCE: Final = 1e-4
+#: The files that an export of ours may have; large weights of transformers' are cut.
+WRITTEN: Final = re.compile(
     r"README\.md|merges\.txt|vocab\.json|((tokenizer|preprocessor)_)?config\.json"
-    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|model\.onnx(\.data)?|model\.pth"
+    r"|(configuration|layers|modeling)_internimage\.py"
 )
-PROBE_TEXTS = (
-    "a photo of a dog.",
-    "red apple ; apple , fruit with red or yellow or green skin",
-    "{}",
-)
+#: Largest side of the pictures on which an image model is compared.
+PROBE_SIDE: Final = 256
 
 
-def export(trained: Trained, out: Path, kind: str) -> float:
-    """Write format `kind` to folder `out`. Returns the largest difference after reloading.
+@dataclass(frozen=True)
+class Check:
+    """A way to load an export in a fresh process; how: a function of `reload_export.py`."""
+
+    how: str
+    tolerance: float = TOLERANCE
+    with_groundwork: bool = True
+
+
+@dataclass(frozen=True)
+class Format:
+    """library, how, remarks: of the model card; how is the code that loads the export from DIR."""
+
+    write: Callable[[Exportable, Path, ExportOptions], None]
+    checks: tuple[Check, ...]
+    library: str
+    how: str
+    remarks: str = ""
+
+
+GROUNDWORK_HOW: Final = (
+    "from pathlib import Path\n"
+    "from groundwork.pretrain.weights.export_groundwork import load_groundwork\n"
+    "model = load_groundwork(Path(DIR))"
+)
+
+#: kind of model -> name of the format.
+FORMATS: Final[Mapping[str, Mapping[str, Format]]] = {
+    "klite": {
+        "hf": Format(
+            write_klite,
+            (Check("transformers_dual_encoder"),),
+            "transformers",
+            "from transformers import AutoModel\nmodel = AutoModel.from_pretrained(DIR)",
+        ),
+        "groundwork": Format(
+            write_klite_groundwork,
+            (Check("groundwork_dual_encoder"),),
+            "groundwork",
+            GROUNDWORK_HOW,
+        ),
+    },
+    "internimage": {
+        "hf": Format(
+            write_internimage,
+            (
+                Check("transformers_image_model"),
+                Check("transformers_image_model", SAMPLING_TOLERANCE, with_groundwork=False),
+            ),
+            "transformers",
+            "from transformers import AutoImageProcessor, AutoModel\n"
+            'processor = AutoImageProcessor.from_pretrained(DIR, backend="pil")\n'
+            "model = AutoModel.from_pretrained(DIR, trust_remote_code=True)\n"
+            'output = model(**processor(images=picture, return_tensors="pt"))\n'
+            "output.hidden_states, output.pooler_output, output.logits",
+            "`trust_remote_code` runs the three Python files of this folder: read them first. The "
+            "weights are safetensors, of which nothing is executed. `model.sampling` says whether "
+            "groundwork's kernels run (`pip install groundwork-pretrain`) or the slower operations "
+            "of PyTorch. Parameters have the names of the official code, without prefix.",
+        ),
+        "groundwork": Format(
+            write_groundwork, (Check("groundwork_image_model"),), "groundwork", GROUNDWORK_HOW
+        ),
+        "official": Format(
+            write_official,
+            (Check("official_image_model"),),
+            "groundwork",
+            "from pathlib import Path\n"
+            "from groundwork.pretrain.weights.export_official import load_official_folder\n"
+            "model = load_official_folder(Path(DIR))",
+            "Names and shapes are those of the official code, and `arguments` in config.json are "
+            "its constructor's: `model.load_state_dict(safetensors.torch.load_file("
+            '"model.safetensors"))` fills its model.',
+        ),
+        "onnx": Format(
+            write_onnx,
+            (Check("onnx_image_model", ONNX_TOLERANCE),),
+            "onnx",
+            "import onnxruntime\n"
+            'session = onnxruntime.InferenceSession(DIR + "/model.onnx")\n'
+            'outputs = session.run(None, {"pixel_values": pixels})  # (B, 3, H, W) float32',
+        ),
+    },
+}
+
+
+def export(
+    subject: Exportable, out: Path, kind: str, options: ExportOptions | None = None
+) -> dict[str, float]:
+    """Write format `kind` to folder `out`. Returns the differences after reloading, by the way.
 
     An earlier export is replaced. Raises ExportError where `out` holds anything else, for a format
-    that cannot express the model, and if the reloaded model differs by more than TOLERANCE; nothing
+    that cannot express the model, and if the reloaded model differs by more than it may; nothing
     is written to `out` then.
     """
-    if kind not in FORMATS:
-        raise ExportError(f"--format {kind}: unknown; choose among {', '.join(FORMATS)}")
+    chosen = _format(subject, kind, options or ExportOptions())
     try:
         with directory_written_atomically(out, is_ours=_is_export) as folder:
-            FORMATS[kind](trained, folder)
-            (folder / CARD).write_text(_model_card(trained, kind), "utf-8")
+            chosen.write(subject, folder, options or ExportOptions())
+            card = model_card(subject, chosen.library, chosen.how, chosen.remarks)
+            (folder / CARD).write_text(card, "utf-8")
             # safetensors keeps its files from everyone else
             for file in folder.iterdir():
                 file.chmod(0o666 & ~umask())
-            difference = _reload_elsewhere(trained, folder, kind)
-            if difference > TOLERANCE:
-                raise ExportError(
-                    f"--format {kind}: the exported model differs by {difference:.1e} after "
-                    f"reloading, more than {TOLERANCE:.0e}; nothing was written. Please report "
-                    "this defect"
-                )
+            return _compare_elsewhere(subject, folder, kind, chosen)
     except (NotADirectoryError, FileExistsError, BlockingIOError) as error:
         raise ExportError(f"--out {out}: {error.strerror}; choose another folder") from error
     except SafetensorError as error:
         raise ExportError(f"--out {out}: the weights cannot be written: {error}") from error
-    return difference
+
+
+def _format(subject: Exportable, kind: str, options: ExportOptions) -> Format:
+    formats = FORMATS[subject.config.kind]
+    if kind not in formats:
+        known = dict.fromkeys(name for named in FORMATS.values() for name in named)
+        if kind not in known:
+            raise ExportError(f"--format {kind}: unknown; choose among {', '.join(known)}")
+        raise ExportError(
+            f"--format {kind}: not for the model {subject.config.kind}, which has "
+            f"{', '.join(formats)}; --image-tower exports the image model in it alone"
+        )
+    for option, given, needed in (
+        ("--pth", options.pth, "official"),
+        ("--features", options.features, "onnx"),
+    ):
+        if given and kind != needed:
+            raise ExportError(f"{option}: of --format {needed} only, not of {kind}; leave it out")
+    return formats[kind]
 
 
 def _is_export(folder: Path) -> bool:
@@ -84,136 +187,65 @@ def _is_export(folder: Path) -> bool:
         card = (folder / CARD).read_text("utf-8")
     except (OSError, UnicodeDecodeError):
         return False
-    return MADE_BY in card and all(WRITTEN.fullmatch(entry.name) for entry in folder.iterdir())
+    # the second is in the cards of older versions
+    signed = SIGN in card or "Pretrained with groundwork" in card
+    return signed and all(WRITTEN.fullmatch(entry.name) for entry in folder.iterdir())
 
 
-def _write_huggingface(trained: Trained, folder: Path) -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = cast(Klite, trained.model)
-    to_huggingface(model, trained.recipe.model, trained.tokenizer).save_pretrained(folder)
-    image_processor(trained.recipe.data.image).save_pretrained(folder)
-    _copy_tokenizer(trained, folder)
-
-
-def _write_groundwork(trained: Trained, folder: Path) -> None:
-    weights = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(
-        json.dumps({"format": "groundwork", "recipe": recipe_to_dict(trained.recipe)}, indent=1)
-    )
-    _copy_tokenizer(trained, folder)
-
-
-FORMATS: Final[Mapping[str, Callable[[Trained, Path], None]]] = {
-    "hf": _write_huggingface,
-    "groundwork": _write_groundwork,
-}
-
-
-def load_groundwork(folder: Path) -> torch.nn.Module:
-    """Load what `--format groundwork` wrote."""
-    config = json.loads((folder / CONFIG).read_text("utf-8"))
-    recipe = recipe_from_dict(config["recipe"], str(folder / CONFIG))
-    model = MODELS[recipe.model.kind](recipe.model)
-    model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-    return model.eval()
-
-
-def reloaded_embeddings(folder: Path, kind: str, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Load an export as a stranger would, and embed the probe."""
-    if kind == "hf":
-        from transformers import AutoModel
-
-        image, text = embed(AutoModel.from_pretrained(folder).eval(), probe["pixels"], probe["ids"])
+def _compare_elsewhere(
+    subject: Exportable, folder: Path, kind: str, chosen: Format
+) -> dict[str, float]:
+    if subject.config.kind == "klite":
+        probe = klite_probe(subject)
+        expected = klite_outputs(subject, probe)
     else:
-        model = load_groundwork(folder)
-        with torch.no_grad():
-            image, text = model(image=probe["pixels"]), model(ids=probe["ids"])
-    return {"image": image, "text": text}
+        probe = _image_probe(subject)
+        expected = image_model_outputs(subject.model, probe)
+    differences = {}
+    for check in chosen.checks:
+        got = _reloaded(folder, kind, check, probe)
+        # a format may give less than everything
+        difference = max(relative_difference(got[name], expected[name]) for name in got)
+        name = "with groundwork" if check.with_groundwork else "without groundwork"
+        if not difference <= check.tolerance:
+            raise ExportError(
+                f"--format {kind}: the exported model differs by {difference:.1e} after reloading "
+                f"{name}, more than {check.tolerance:.0e}; nothing was written. Please report this "
+                "defect"
+            )
+        differences[name] = difference
+    return differences
 
 
-def main(argv: list[str]) -> int:
-    """The fresh process: FOLDER KIND PROBE RESULT."""
-    folder, kind, probe, result = argv
-    embeddings = reloaded_embeddings(Path(folder), kind, load_file(probe))
-    save_file({k: v.contiguous() for k, v in embeddings.items()}, result)
-    return 0
-
-
-def _reload_elsewhere(trained: Trained, folder: Path, kind: str) -> float:
-    size = trained.recipe.data.image.size
+def _image_probe(subject: Exportable) -> dict[str, Tensor]:
+    """A picture of the size trained on, up to a limit, and two small ones that are not square."""
+    side = max(32, min(subject.image.size, PROBE_SIDE) // 32 * 32)
     generator = torch.Generator().manual_seed(0)
-    probe = {
-        "pixels": torch.randn(4, 3, size, size, generator=generator),
-        "ids": trained.tokenizer.encode(PROBE_TEXTS),
+    return {
+        "whole": torch.randn(1, 3, side, side, generator=generator),
+        "oblong": torch.randn(2, 3, 64, 96, generator=generator),
     }
-    with torch.no_grad():
-        expected = {
-            "image": trained.model(image=probe["pixels"]),
-            "text": trained.model(ids=probe["ids"]),
-        }
+
+
+def _reloaded(
+    folder: Path, kind: str, check: Check, probe: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as temporary:
-        files = [str(Path(temporary) / name) for name in ("probe", "result")]
-        save_file(probe, files[0])
-        command = [sys.executable, "-m", "groundwork.pretrain.weights.export"]
-        done = subprocess.run(
-            ["env", "PYTHONSAFEPATH=1", *command, str(folder), kind, *files],
-            capture_output=True,
-            text=True,
-        )
+        place = Path(temporary)
+        save_file({k: v.contiguous() for k, v in probe.items()}, place / "probe")
+        command = [sys.executable, str(reload_export.__file__), check.how, str(folder)]
+        command += [str(place / "probe"), str(place / "result")]
+        command += [] if check.with_groundwork else ["--without-groundwork"]
+        environment = {
+            **os.environ,
+            "PYTHONSAFEPATH": "1",
+            "HF_HUB_OFFLINE": "1",
+            # transformers copies the code of a folder there to run it
+            "HF_MODULES_CACHE": str(place / "modules"),
+        }
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise ExportError(
                 f"--format {kind}: the export cannot be loaded:\n{done.stderr[-2000:]}"
             )
-        got = load_file(files[1])
-    return max(float((got[name] - value).abs().max()) for name, value in expected.items())
-
-
-def _copy_tokenizer(trained: Trained, folder: Path) -> None:
-    temporary = folder / "tokenizer"
-    trained.tokenizer.save(temporary)
-    for file in temporary.iterdir():
-        file.rename(folder / file.name)
-    temporary.rmdir()
-    # the written files must give the ids the model was trained on
-    written = load_tokenizer(folder, trained.tokenizer.context_length)
-    if not torch.equal(written.encode(PROBE_TEXTS), trained.tokenizer.encode(PROBE_TEXTS)):
-        raise ExportError(
-            "the exported tokenizer gives other ids; this is a defect: please report it"
-        )
-
-
-def _model_card(trained: Trained, kind: str) -> str:
-    recipe = trained.recipe
-    how = {
-        "hf": "from transformers import AutoModel\nmodel = AutoModel.from_pretrained(DIR)",
-        "groundwork": "from pathlib import Path\n"
-        "from groundwork.pretrain.weights.export import load_groundwork\n"
-        "model = load_groundwork(Path(DIR))",
-    }[kind]
-    settings = json.dumps(asdict(recipe.train), indent=1)
-    return f"""---
-library_name: {"transformers" if kind == "hf" else "groundwork"}
----
-# {recipe.model.kind}, step {trained.state.step}
-
-{MADE_BY} {version("groundwork-pretrain")} on `{recipe.data.where}`
-(manifest `{trained.state.dataset}`), {trained.state.position:,} samples seen.
-
-```python
-{how}
-```
-
-Images: shorter side to {recipe.data.image.size} pixels, centre crop, ImageNet mean and deviation.
-Texts: the tokenizer beside this file, {recipe.model.text.context_length} tokens.
-
-```json
-{settings}
-```
-"""
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+        return load_file(place / "result")

@@ -15,11 +15,7 @@ from groundwork.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ImageTransfo
 from groundwork.pretrain.models.clip_text import EPSILON, TextConfig
 from groundwork.pretrain.models.klite import Klite, KliteConfig
 from groundwork.pretrain.models.swin import SwinConfig
-
-
-class ExportError(ValueError):
-    """A model that a format cannot express; says why and which format can."""
-
+from groundwork.pretrain.weights.export_error import ExportError
 
 #: Part of a Swin block: our name -> transformers' name.
 BLOCK = {

@@ -18,7 +18,7 @@ from groundwork.pretrain.kinds import build_objective, with_vocabulary
 from groundwork.pretrain.models.klite import KliteConfig
 from groundwork.pretrain.recipe import Recipe, recipe_from_dict
 from groundwork.pretrain.run import TOKENIZER
-from groundwork.pretrain.weights.zero_shards import full_weights
+from groundwork.pretrain.weights.zero_shards import full_buffers, full_weights
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,11 @@ class Trained:
         return model
 
 
-def load_trained(path: Path) -> Trained:
-    """Load a run's folder, or one of its checkpoints. Raises CheckpointError."""
+def load_trained(path: Path, *, ema: bool = False) -> Trained:
+    """Load a run's folder, or one of its checkpoints. Raises CheckpointError.
+
+    ema: the averages of the weights, and of BatchNorm's statistics, which a run may keep.
+    """
     checkpoint = require_checkpoint(path)
     verify_files(checkpoint)
     state = read_state(checkpoint)
@@ -53,7 +56,11 @@ def load_trained(path: Path) -> Trained:
         folder = checkpoint.parent.parent / TOKENIZER
         tokenizer = load_tokenizer(folder, recipe.model.text.context_length)
     objective = build_objective(recipe, tokenizer)
-    load_full_weights(objective, full_weights(checkpoint), checkpoint)
+    load_full_weights(objective, full_weights(checkpoint, ema=ema), checkpoint)
+    buffers = full_buffers(checkpoint)
+    if ema:
+        buffers |= full_buffers(checkpoint, ema=True)
+    load_full_buffers(objective, buffers, checkpoint)
     return Trained(
         checkpoint, state, with_vocabulary(recipe, tokenizer), tokenizer, objective.eval()
     )
@@ -80,3 +87,20 @@ def load_full_weights(
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
+
+
+def load_full_buffers(
+    objective: nn.Module, buffers: dict[str, torch.Tensor], checkpoint: Path
+) -> None:
+    """Copy buffers by name, such as BatchNorm's statistics; each that the model saves."""
+    parameters = dict(objective.named_parameters(remove_duplicate=False))
+    own = {name: v for name, v in objective.state_dict().items() if name not in parameters}
+    missing = sorted(name for name in own if name not in buffers)
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint}: its buffers are of another model: {', '.join(missing[:5])} missing. "
+            "Use the recipe it was trained with"
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(buffers[name].reshape(value.shape))

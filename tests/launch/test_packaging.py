@@ -27,6 +27,9 @@ FORBIDDEN = {
 #: Modules that are used where they are there: cuda.bindings comes with torch for CUDA.
 OPTIONAL = {"apex", "cuda"}
 
+#: Its files are copied into exports, where they know each other by relative imports only.
+COPIED = "hf_internimage"
+
 #: Modules that others import by a bare name, whether or not they are installed here.
 TAKEN_NAMES = {"data", "datasets", "evaluate", "kernels", "models", "tokenizers", "utils"}
 
@@ -47,6 +50,8 @@ def imported_modules(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            if node.level == 1 and path.parent.name == COPIED:
+                continue
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
@@ -134,9 +139,9 @@ def test_what_is_imported_is_a_dependency_and_no_dependency_is_idle() -> None:
 
 
 #: Extras that add features; the others are for developing.
-FEATURES = ("annotations", "parquet", "video", "s3", "gs")
-#: What other packages import: torch.utils.tensorboard, and fsspec by the protocol of a URL.
-BY_OTHERS = {"tensorboard", "s3fs", "gcsfs"}
+FEATURES = ("annotations", "finetune", "parquet", "video", "onnx", "s3", "gs")
+#: What other packages import: torch.utils.tensorboard, torch.onnx, and fsspec by a URL's protocol.
+BY_OTHERS = {"tensorboard", "s3fs", "gcsfs", "onnx", "onnxscript"}
 
 
 def _distributions(modules_of: Callable[[Path], Iterable[str]]) -> set[str]:
@@ -158,7 +163,7 @@ def modules_imported_at_once(path: Path) -> Iterator[str]:
         node = waiting.pop()
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield str(node.module)
         elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not (
             isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)

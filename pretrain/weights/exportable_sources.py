@@ -1,0 +1,119 @@
+"""Where exports come from: pretraining runs, and files of official weights."""
+
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from groundwork.data.transforms import ImageTransform
+from groundwork.pretrain.models.internimage import InternImage, InternImageConfig
+from groundwork.pretrain.models.klite import KliteConfig
+from groundwork.pretrain.recipe_file import recipe_to_dict
+from groundwork.pretrain.weights.export_error import ExportError
+from groundwork.pretrain.weights.exportable import Exportable
+from groundwork.pretrain.weights.internimage import load_internimage
+from groundwork.pretrain.weights.trained import Trained, load_trained
+
+
+def find_exportable(
+    path: Path,
+    *,
+    ema: bool = False,
+    image_tower: bool = False,
+    variant: str | None = None,
+    num_classes: int | None = None,
+    size: int | None = None,
+) -> Exportable:
+    """The model at `path`: a run, one of its checkpoints, or with `variant` official weights.
+
+    num_classes, size: of official weights only, 1000 and 224 unless given. Raises ExportError for
+    options that do not go together, CheckpointError where nothing fitting is there.
+    """
+    if variant is None:
+        for option, value in (("--num-classes", num_classes), ("--size", size)):
+            if value is not None:
+                raise ExportError(
+                    f"{option}: of official weights only, as a run knows its own; leave it out, or "
+                    "say which --variant the file holds"
+                )
+        return exportable(load_trained(path, ema=ema), image_tower=image_tower, ema=ema)
+    for option, given in (("--ema", ema), ("--image-tower", image_tower)):
+        if given:
+            raise ExportError(f"{option}: of runs only, not of official weights; leave it out")
+    try:
+        config = InternImageConfig.variant(variant)
+        if num_classes is not None:
+            config = replace(config, num_classes=num_classes)
+        transform = ImageTransform(size=224 if size is None else size)
+    except ValueError as error:
+        raise ExportError(f"--variant {variant}: {error}") from error
+    return exportable_official(path, config, transform)
+
+
+def exportable(trained: Trained, *, image_tower: bool = False, ema: bool = False) -> Exportable:
+    """The model of a pretraining run. image_tower: only that part of an image-text model.
+
+    ema: the weights are averages, for the model card.
+    """
+    recipe, state = trained.recipe, trained.state
+    digests = {"samples": state.dataset, "class names": state.concepts}
+    digests["knowledge"] = state.knowledge
+    listed = "; ".join(f"{name} `{digest}`" for name, digest in digests.items() if digest)
+    origin = (
+        f"Pretrained with groundwork {version('groundwork-pretrain')} on `{recipe.data.where}` "
+        f"(manifests: {listed}), {state.step:,} steps, {state.position:,} samples seen."
+        + (" The weights are averages over the steps." if ema else "")
+    )
+    whole = Exportable(
+        trained.model,
+        recipe.model,
+        recipe.data.image,
+        origin,
+        recipe_to_dict(recipe),
+        trained.tokenizer,
+    )
+    return tower_of(whole) if image_tower else whole
+
+
+def tower_of(whole: Exportable) -> Exportable:
+    """The image tower of an image-text model, as a model of its own."""
+    if not isinstance(whole.config, KliteConfig):
+        raise ExportError(
+            f"--image-tower: the model is {whole.config.kind}, which is an image model as a whole; "
+            "leave the option out"
+        )
+    config = whole.config.image
+    if not isinstance(config, InternImageConfig):
+        raise ExportError(
+            f"--image-tower: the tower is {config.kind}, and only internimage has formats of its "
+            "own; leave the option out"
+        )
+    model = whole.model.visual
+    assert isinstance(model, InternImage)
+    return replace(whole, model=model, config=config, tokenizer=None)
+
+
+def exportable_official(path: Path, config: InternImageConfig, image: ImageTransform) -> Exportable:
+    """A file of official weights, for the model that `config` says.
+
+    Raises CheckpointError where they do not fit.
+    """
+    model = InternImage(config)
+    load_internimage(model, path)
+    return Exportable(
+        model.eval(),
+        config,
+        image,
+        f"Converted by groundwork {version('groundwork-pretrain')} from `{path.name}`.",
+    )
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """The class names of a text file, one per line. Raises ExportError."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"--labels {path}: cannot be read: {error}") from error
+    empty = [number for number, line in enumerate(lines, 1) if not line.strip()]
+    if empty:
+        raise ExportError(f"--labels {path}:{empty[0]}: an empty line; give one name per line")
+    return tuple(line.strip() for line in lines)
