@@ -17,6 +17,7 @@ from groundwork.data.dataset import Dataset, open_dataset
 from groundwork.data.stream import Source, Stream
 from groundwork.kernels.member_reader import find_member_reader
 from groundwork.pretrain.downstream.classification import build_classification
+from groundwork.pretrain.downstream.dino_detection import build_dino_detection
 from groundwork.pretrain.downstream.finetune_checkpoint import (
     FinetuneState,
     is_finetuned,
@@ -38,6 +39,8 @@ from groundwork.pretrain.downstream.finetune_recipe import (
     finetune_recipe_to_dict,
 )
 from groundwork.pretrain.downstream.initial_weights import load_initial_weights
+from groundwork.pretrain.downstream.semantic_segmentation import build_semantic_segmentation
+from groundwork.pretrain.downstream.instance_segmentation import build_instance_segmentation
 from groundwork.pretrain.downstream.task import Task
 from groundwork.pretrain.engine.checkpoint import CheckpointError, find_checkpoint
 from groundwork.pretrain.engine.deepspeed_config import World
@@ -55,6 +58,9 @@ WEIGHTS: Final = "weights.json"
 #: weights. `model.backbone` gets the weights of the recipe afterwards.
 TASKS: Final[Mapping[str, Callable[[Any, Any, Any], Task]]] = {
     "classification": build_classification,
+    "instance_segmentation": build_instance_segmentation,
+    "dino_detection": build_dino_detection,
+    "semantic_segmentation": build_semantic_segmentation,
 }
 
 

@@ -8,12 +8,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Discriminator, Tag, Discriminator, Tag
 
 from groundwork.pretrain.downstream.backbone import BackboneConfig
 from groundwork.pretrain.downstream.classification import ClassificationTask
+from groundwork.pretrain.downstream.dino_detection import DinoDetectionTask
+from groundwork.pretrain.downstream.semantic_segmentation import SemanticSegmentationTask
+from groundwork.pretrain.downstream.instance_segmentation import InstanceSegmentationTask
 from groundwork.pretrain.engine.checkpoint import CheckpointConfig
 from groundwork.pretrain.engine.ema import EmaConfig
 from groundwork.pretrain.engine.monitor import MonitorConfig
@@ -23,6 +26,7 @@ from groundwork.pretrain.models.internimage import InternImageConfig
 from groundwork.pretrain.models.internimage_weights import HeadRule
 from groundwork.pretrain.recipe_file import (
     available_recipes,
+    by_kind,
     differing_keys,
     read_recipe,
     recipe_from_values,
@@ -37,9 +41,13 @@ FINETUNE_RECIPES: Final = Path(__file__).parent.parent / "recipes" / "finetune"
 #: Of steps and of samples in one: their product, the position in the stream, stays below 2**63.
 MAX_COUNT: Final = 2**31 - 1
 
-#: `kind` picks the class. Of several kinds:
-#: Annotated[Annotated[A, Tag("a")] | Annotated[B, Tag("b")], Discriminator(by_kind("a"))].
-TaskConfig = ClassificationTask
+#: `kind` picks the class.
+TaskConfig = Annotated[
+    Annotated[ClassificationTask, Tag("classification")]
+    | Annotated[DinoDetectionTask, Tag("dino_detection")]
+    | Annotated[SemanticSegmentationTask, Tag("semantic_segmentation")],
+    Discriminator(by_kind("classification")),
+]
 
 
 @dataclass(frozen=True)
