@@ -39,8 +39,8 @@ from groundwork.pretrain.downstream.finetune_recipe import (
     finetune_recipe_to_dict,
 )
 from groundwork.pretrain.downstream.initial_weights import load_initial_weights
-from groundwork.pretrain.downstream.semantic_segmentation import build_semantic_segmentation
 from groundwork.pretrain.downstream.instance_segmentation import build_instance_segmentation
+from groundwork.pretrain.downstream.semantic_segmentation import build_semantic_segmentation
 from groundwork.pretrain.downstream.task import Task
 from groundwork.pretrain.engine.checkpoint import CheckpointError, find_checkpoint
 from groundwork.pretrain.engine.deepspeed_config import World

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, Discriminator, Tag, Discriminator, Tag
+from pydantic import ConfigDict, Discriminator, Tag
 
 from groundwork.pretrain.downstream.backbone import BackboneConfig
 from groundwork.pretrain.downstream.classification import ClassificationTask
 from groundwork.pretrain.downstream.dino_detection import DinoDetectionTask
-from groundwork.pretrain.downstream.semantic_segmentation import SemanticSegmentationTask
 from groundwork.pretrain.downstream.instance_segmentation import InstanceSegmentationTask
+from groundwork.pretrain.downstream.semantic_segmentation import SemanticSegmentationTask
 from groundwork.pretrain.engine.checkpoint import CheckpointConfig
 from groundwork.pretrain.engine.ema import EmaConfig
 from groundwork.pretrain.engine.monitor import MonitorConfig
@@ -45,6 +45,7 @@ MAX_COUNT: Final = 2**31 - 1
 TaskConfig = Annotated[
     Annotated[ClassificationTask, Tag("classification")]
     | Annotated[DinoDetectionTask, Tag("dino_detection")]
+    | Annotated[InstanceSegmentationTask, Tag("instance_segmentation")]
     | Annotated[SemanticSegmentationTask, Tag("semantic_segmentation")],
     Discriminator(by_kind("classification")),
 ]
