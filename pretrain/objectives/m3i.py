@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ from groundwork.pretrain.objectives.pixels import normalise
 
 #: Pixels per token of InternImage with the attention pooling, and per position of its last stage.
 TOKEN_STRIDE, LAST_STRIDE = 16, 32
+#: Added to the variance of a channel, so that one that never differs is no target.
+TARGET_EPS = 1e-3
 NEEDS = (
     "model.image is no InternImage that pools its tokens by attention, which objective.kind m3i "
     "needs; set model.image.kind: internimage and model.image.use_clip_projector: true"
@@ -221,21 +224,36 @@ class M3i(nn.Module):
         """
         assert self.teacher is not None and self.decoder is not None
         with torch.no_grad():
-            targets = dense_targets(self.teacher.forward_tokens(pixels))
+            targets, spread = dense_targets(self.teacher.forward_tokens(pixels))
         # each mixture is asked for both its pictures
         visible = torch.cat([own, ~own])
         predicted = self.decoder(torch.cat([tokens, tokens]), visible)
         counted = torch.ones_like(visible) if self.config.dense_positions == "all" else ~visible
         loss = dense_loss(predicted, torch.cat([targets, swap_partners(targets)]), counted)
-        return loss, targets.flatten(0, 1).std(0).mean()
+        return loss, spread.mean()
 
 
-def dense_targets(tokens: Tensor) -> Tensor:
-    """tokens: (B, N, D) of the teacher -> float32, each token with mean 0 and variance 1.
+@torch.no_grad()
+def dense_targets(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """tokens: (B, N, D) of the teacher -> the targets (B, N, D) and the spread (D,), float32.
 
-    The tokens have no norm of their own; without one the easiest target would be a small one.
+    Each token is normalised, as the tokens have no norm of their own. From that the mean of all
+    ranks' pictures at the same position is taken, and each channel is divided by what is left of
+    its standard deviation, the spread: a target is what sets a picture apart from the others. With
+    tokens that are normalised only, student and teacher soon agree on tokens that depend on the
+    position alone, which are predicted without looking.
     """
-    return F.layer_norm(tokens.float(), tokens.shape[-1:])
+    targets = F.layer_norm(tokens.float(), tokens.shape[-1:])
+    pictures = len(targets) * (dist.get_world_size() if dist.is_initialized() else 1)
+    targets = targets - _over_ranks(targets.sum(0)) / pictures
+    variance = _over_ranks(targets.square().mean(1).sum(0)) / pictures
+    return targets * (variance + TARGET_EPS).rsqrt(), variance.sqrt()
+
+
+def _over_ranks(total: Tensor) -> Tensor:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return total
 
 
 def dense_loss(predicted: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
@@ -266,9 +284,9 @@ def _gathered(parameters: Sequence[nn.Parameter]) -> Any:
     """A context in which partitioned parameters are whole, and what is written is kept."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters(parameters, modifier_rank=0)
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def _student(model: nn.Module) -> InternImage:
