@@ -254,7 +254,7 @@ def _whole(tensor: Tensor) -> Iterator[None]:
         if not hasattr(tensor, "ds_id"):
             yield
             return
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         with GatheredParameters([tensor], modifier_rank=0):
             yield
