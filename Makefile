@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 SYSTEM_PACKAGES := wordnet-base fonts-noto-color-emoji
 OUT := runs/demo
 # those that measure a GPU where there is one
-GPU_BENCHMARKS := $(wildcard tests/bench/kernels.py tests/bench/fused_ops.py)
+GPU_BENCHMARKS := $(wildcard tests/bench/kernels.py tests/bench/fused_ops.py tests/bench/internimage.py)
 
 # the shell functions of all recipes: run prints a command and runs it, fail prints a message and ends,
 # apt_install does what its name says where this user may, and fails where not

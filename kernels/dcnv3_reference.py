@@ -96,6 +96,27 @@ def reference_backward(
     )
 
 
+def sampling_positions(
+    offset: Tensor, geometry: Geometry, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Where each point of each output position samples.
+
+    offset: (N, Ho, Wo, G·P·2) -> (N, Ho, Wo, G, P, 2), (x, y) in pixels of the unpadded image, also
+    where they lie outside of it.
+    """
+    n, ho, wo, _ = offset.shape
+    (sh, sw), (ph, pw), (ch, cw) = geometry.stride_hw, geometry.padding_hw, geometry.center_hw
+    scale, points = geometry.offset_scale, geometry.num_points
+    xy = scale * offset.to(dtype).reshape(n, ho, wo, geometry.groups, points, 2)
+    grid = scale * torch.tensor(geometry.points_xy(), dtype=dtype, device=offset.device)  # (P, 2)
+    column = torch.arange(wo, dtype=dtype, device=offset.device) * sw - pw + cw
+    line = torch.arange(ho, dtype=dtype, device=offset.device) * sh - ph + ch
+    # Regular grid first: it is exact, so a zero offset samples exactly on it.
+    x = (column.view(1, 1, wo, 1, 1) + grid[:, 0]) + xy[..., 0]
+    y = (line.view(1, ho, 1, 1, 1) + grid[:, 1]) + xy[..., 1]
+    return torch.stack((x, y), -1)
+
+
 class _Corner(NamedTuple):
     """One of the four pixels around the samples of a kernel point, each (M,).
 
@@ -165,18 +186,10 @@ def _coordinates(
     A sample with no corner in the image, or at no number, is moved to (-2, -2), which has none, and
     does not count.
     """
-    n, ho, wo, _ = offset.shape
-    (sh, sw), (ph, pw), (ch, cw) = geometry.stride_hw, geometry.padding_hw, geometry.center_hw
-    scale, points = geometry.offset_scale, geometry.num_points
-    xy = scale * offset.to(dtype).reshape(n, ho, wo, geometry.groups, points, 2)
-    grid = scale * torch.tensor(geometry.points_xy(), dtype=dtype, device=offset.device)  # (P, 2)
-    column = torch.arange(wo, dtype=dtype, device=offset.device) * sw - pw + cw
-    line = torch.arange(ho, dtype=dtype, device=offset.device) * sh - ph + ch
-    # Regular grid first: it is exact, so a zero offset samples exactly on it.
-    x = (column.view(1, 1, wo, 1, 1) + grid[:, 0]) + xy[..., 0]
-    y = (line.view(1, ho, 1, 1, 1) + grid[:, 1]) + xy[..., 1]
+    x, y = sampling_positions(offset, geometry, dtype).unbind(-1)
     height, width = image_hw
     counts = (x >= -1) & (x < width) & (y >= -1) & (y < height)
+    points = geometry.num_points
     return (
         x.where(counts, -2).reshape(-1, points).transpose(0, 1),
         y.where(counts, -2).reshape(-1, points).transpose(0, 1),
