@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from groundwork.data.batch_plan import BatchPlan
 from groundwork.pretrain.downstream.finetune_recipe import FinetuneRecipe, FinetuneTrain
 from groundwork.pretrain.downstream.task import Task
+from groundwork.pretrain.engine.batch_statistics import average_over_ranks, batch_statistics
 from groundwork.pretrain.engine.deepspeed_config import World, prepare_environment
+from groundwork.pretrain.engine.ema import Ema
 from groundwork.pretrain.engine.masters import set_masters
 from groundwork.pretrain.engine.optimizer import build_optimizer, set_lr
 from groundwork.pretrain.recipe_yaml import RecipeError
@@ -53,7 +55,10 @@ def start_accelerator(train: FinetuneTrain, plan: BatchPlan, timeout_s: float) -
 
     is_cpu = not torch.cuda.is_available()
     handlers: list[Any] = [
-        DistributedDataParallelKwargs(find_unused_parameters=train.find_unused_parameters)
+        DistributedDataParallelKwargs(
+            find_unused_parameters=train.find_unused_parameters,
+            broadcast_buffers=False,  # see `Engine.level`
+        )
     ]
     plugin = None
     if wants == "deepspeed":
@@ -229,16 +234,18 @@ class Engine:
                 norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        if norm is not None:
-            self._share_buffers()
         return output, norm
 
-    def _share_buffers(self) -> None:
-        """Running statistics are those of rank 0, as DDP has it before each forward pass."""
-        if self.world.size == 1 or self.kind == "plain":
-            return
-        for buffer in self.module.buffers():
-            dist.broadcast(buffer, src=0)
+    def level(self, ema: Ema | None) -> None:
+        """Make BatchNorm's statistics, which each rank gathers for itself, their mean over ranks.
+
+        For evaluation and checkpoints; training does not read them. Collective.
+        """
+        own = batch_statistics(self.module)
+        if ema is not None:
+            shadows = ema.shadow_buffers
+            average_over_ranks({name: shadows[name] for name in own if name in shadows})
+        average_over_ranks(own)
 
     def to_device(self, data: Any) -> Any:
         """Tensors of a batch on this rank's device; lists and plain values as they are."""
