@@ -1,17 +1,29 @@
-"""Where exports come from: pretraining runs, and files of official weights."""
+"""Where exports come from: runs of pretraining and of fine-tuning, and official weights."""
 
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from groundwork.data.transforms import ImageTransform
+from groundwork.pretrain.downstream.finetune_checkpoint import (
+    AVERAGE,
+    finetuned_weights,
+    is_finetuned,
+    read_finetune_state,
+)
+from groundwork.pretrain.engine.checkpoint import CheckpointError, require_checkpoint
 from groundwork.pretrain.models.internimage import InternImage, InternImageConfig
+from groundwork.pretrain.models.internimage_weights import OfficialWeightsError
 from groundwork.pretrain.models.klite import KliteConfig
-from groundwork.pretrain.recipe_file import recipe_to_dict
+from groundwork.pretrain.recipe_file import recipe_from_values, recipe_to_dict
 from groundwork.pretrain.weights.export_error import ExportError
 from groundwork.pretrain.weights.exportable import Exportable
 from groundwork.pretrain.weights.internimage import load_internimage
 from groundwork.pretrain.weights.trained import Trained, load_trained
+
+#: Of the backbone's parameters in a model of fine-tuning.
+PREFIX = "backbone."
+AVERAGED = " The weights are averages over the steps."
 
 
 def find_exportable(
@@ -35,7 +47,12 @@ def find_exportable(
                     f"{option}: of official weights only, as a run knows its own; leave it out, or "
                     "say which --variant the file holds"
                 )
-        return exportable(load_trained(path, ema=ema), image_tower=image_tower, ema=ema)
+        checkpoint = require_checkpoint(path)
+        if is_finetuned(checkpoint):
+            if image_tower:
+                raise ExportError("--image-tower: of image-text models only; leave it out")
+            return exportable_finetuned(checkpoint, ema=ema)
+        return exportable(load_trained(checkpoint, ema=ema), image_tower=image_tower, ema=ema)
     for option, given in (("--ema", ema), ("--image-tower", image_tower)):
         if given:
             raise ExportError(f"{option}: of runs only, not of official weights; leave it out")
@@ -61,7 +78,7 @@ def exportable(trained: Trained, *, image_tower: bool = False, ema: bool = False
     origin = (
         f"Pretrained with groundwork {version('groundwork-pretrain')} on `{recipe.data.where}` "
         f"(manifests: {listed}), {state.step:,} steps, {state.position:,} samples seen."
-        + (" The weights are averages over the steps." if ema else "")
+        + (AVERAGED if ema else "")
     )
     whole = Exportable(
         trained.model,
@@ -72,6 +89,44 @@ def exportable(trained: Trained, *, image_tower: bool = False, ema: bool = False
         trained.tokenizer,
     )
     return tower_of(whole) if image_tower else whole
+
+
+def exportable_finetuned(checkpoint: Path, *, ema: bool = False) -> Exportable:
+    """The classifier of a fine-tuning run; of a detector or segmenter, its backbone.
+
+    ema: the averaged weights. Raises CheckpointError.
+    """
+    state = read_finetune_state(checkpoint)
+    if ema and not (checkpoint / AVERAGE).is_file():
+        raise CheckpointError(
+            f"{checkpoint}: no averages of the weights in it; fine-tune with a section `ema`, or "
+            "export the weights themselves"
+        )
+    task, source = state.recipe["task"], str(checkpoint)
+    config = recipe_from_values(InternImageConfig, state.recipe["backbone"], source)
+    is_classifier = task["kind"] == "classification"
+    if is_classifier:
+        config = replace(config, num_classes=state.classes or 0)
+        image = recipe_from_values(ImageTransform, task["image"], source)
+    else:
+        config = replace(config, num_classes=0, use_clip_projector=False)
+        image = ImageTransform()
+    weights = finetuned_weights(checkpoint, ema=ema)
+    model = InternImage(config)
+    own = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
+    try:
+        model.load_official(own)
+    except OfficialWeightsError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    what = "" if is_classifier else " This is the backbone alone, without neck and heads."
+    origin = (
+        f"Fine-tuned with groundwork {version('groundwork-pretrain')} for {task['kind']} on "
+        f"`{state.recipe['data']['shards']}` (manifest: `{state.dataset}`), {state.step:,} steps, "
+        f"from `{(state.recipe.get('weights') or {}).get('path', 'fresh weights')}`."
+        + (AVERAGED if ema else "")
+        + what
+    )
+    return Exportable(model.eval(), config, image, origin, state.recipe)
 
 
 def tower_of(whole: Exportable) -> Exportable:

@@ -22,6 +22,19 @@ EPS = 1e-6
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
+class Linear(nn.Linear):
+    """start: how weights begin that a checkpoint does not have: normal, xavier or zeros.
+
+    transformers asks a module about its own parameters only, so a layer's parent cannot say.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = True, start: str = "normal"
+    ) -> None:
+        self.start = start
+        super().__init__(in_features, out_features, bias=bias)
+
+
 class ToChannelsLast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
@@ -204,14 +217,6 @@ class DeformableConv(nn.Module):
         sampled, centre = sampled.unflatten(-1, by_group), centre.unflatten(-1, by_group)
         return (sampled + part * (centre - sampled)).flatten(3)
 
-    def init_weights(self) -> None:
-        """On the regular grid; for parameters that a checkpoint does not have."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("proj.weight"):
-                nn.init.xavier_uniform_(parameter)
-            elif not name.startswith(("dw_conv", "offset_mask_dw")):
-                nn.init.zeros_(parameter)
-
 
 class DCNv3(DeformableConv):
     """Section 3.1 of the paper: (B, H, W, C) -> (B, H, W, C)."""
@@ -224,10 +229,10 @@ class DCNv3(DeformableConv):
             nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels, eps=EPS)),
             ACTIVATIONS[config.act](),
         )
-        self.offset = nn.Linear(channels, groups * self.points * 2)
-        self.mask = nn.Linear(channels, groups * self.points)
-        self.input_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
+        self.offset = Linear(channels, groups * self.points * 2, start="zeros")
+        self.mask = Linear(channels, groups * self.points, start="zeros")
+        self.input_proj = Linear(channels, channels, start="xavier")
+        self.output_proj = Linear(channels, channels, start="xavier")
 
     def forward(self, x: Tensor) -> Tensor:
         value = self.input_proj(x)
@@ -248,9 +253,9 @@ class DCNv4(DeformableConv):
                 channels, channels, kernel, padding=kernel // 2, groups=channels
             )
         packed = -(-3 * groups * self.points // 8) * 8
-        self.offset_mask = nn.Linear(channels, packed)
-        self.value_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels, bias=config.dcn_output_bias)
+        self.offset_mask = Linear(channels, packed, start="zeros")
+        self.value_proj = Linear(channels, channels, start="xavier")
+        self.output_proj = Linear(channels, channels, bias=config.dcn_output_bias, start="xavier")
 
     def forward(self, x: Tensor) -> Tensor:
         value, guide = self.value_proj(x), x

@@ -145,9 +145,15 @@ class InternImagePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """For parameters that a checkpoint does not have; a parent comes after its parts."""
+        """For parameters that a checkpoint does not have."""
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            start = getattr(module, "start", "normal")
+            if start == "zeros":
+                nn.init.zeros_(module.weight)
+            elif start == "xavier":
+                nn.init.xavier_uniform_(module.weight)
+            else:
+                nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
@@ -156,7 +162,8 @@ class InternImagePreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Conv2d | nn.BatchNorm2d):
             module.reset_parameters()
         elif isinstance(module, DeformableConv):
-            module.init_weights()
+            for parameter in module.parameters(recurse=False):  # of center_feature_scale
+                nn.init.zeros_(parameter)
         elif isinstance(module, Block):
             for gamma in (module.gamma1, module.gamma2):
                 if gamma is not None:
