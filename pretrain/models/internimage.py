@@ -43,7 +43,7 @@ class InternImage(nn.Module):
         self.out_dim = config.out_dim
         self.patch_embed = Stem(config.channels, act)
         self.pos_drop = nn.Dropout(config.drop_rate)
-        self.levels = nn.ModuleList(_stage(config, i) for i in range(4))
+        self.levels = nn.ModuleList(build_stage(config, i) for i in range(4))
         self.conv_head: nn.Module | None = None
         self.clip_projector: nn.Module | None = None
         if config.use_clip_projector:
@@ -115,7 +115,15 @@ class InternImage(nn.Module):
 
         Each is the output of a stage, after its norm and before the downsampling.
         """
-        return self._maps(x, 4)
+        return self.stage_features(self.pos_drop(self.patch_embed(x)))
+
+    def stage_features(self, x: Tensor, stages: int = 4) -> list[Tensor]:
+        """`features` of the first stages, from the stem's output x: (B, H/4, W/4, channels)."""
+        maps = []
+        for level in self.levels[:stages]:
+            features, x = level(x)
+            maps.append(features.permute(0, 3, 1, 2))
+        return maps
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -146,7 +154,8 @@ class InternImage(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; choose NCHW or NHWC")
         taken = _stage_indices(indices)
-        maps = self._maps(x, max(taken) + 1 if stop_early else 4)
+        stem = self.pos_drop(self.patch_embed(x))
+        maps = self.stage_features(stem, max(taken) + 1 if stop_early else 4)
         chosen = [maps[i] if output_fmt == "NCHW" else maps[i].permute(0, 2, 3, 1) for i in taken]
         return chosen if intermediates_only else (maps[-1], chosen)
 
@@ -185,14 +194,6 @@ class InternImage(nn.Module):
             )
         return {name: value.detach() for name, value in self.state_dict().items()}
 
-    def _maps(self, x: Tensor, stages: int) -> list[Tensor]:
-        x = self.pos_drop(self.patch_embed(x))
-        maps = []
-        for level in self.levels[:stages]:
-            features, x = level(x)
-            maps.append(features.permute(0, 3, 1, 2))
-        return maps
-
 
 def _stage_indices(indices: int | list[int] | None) -> list[int]:
     """timm's way to name stages: all for None, the last n for a number, or a list of them."""
@@ -205,7 +206,8 @@ def _stage_indices(indices: int | list[int] | None) -> list[int]:
     return taken
 
 
-def _stage(config: InternImageConfig, i: int) -> Stage:
+def build_stage(config: InternImageConfig, i: int) -> Stage:
+    """Stage i, 0 to 3, with its downsampling."""
     blocks, start = sum(config.depths), sum(config.depths[:i])
     rates = [
         config.drop_path * (k / max(blocks - 1, 1) if config.drop_path_schedule == "linear" else 1)

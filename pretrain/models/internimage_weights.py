@@ -5,7 +5,7 @@ a checkpoint lacks or has besides is an error, as the official code's silence ab
 users many a training from scratch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -57,13 +57,16 @@ def load_weights(
     checkpoint: Mapping[str, Any],
     head: HeadRule = "same",
     class_indices: Sequence[int] | None = None,
+    optional: Container[str] = (),
 ) -> LoadReport:
     """Copy a checkpoint's weights into an InternImage; raises OfficialWeightsError, then untouched.
 
     class_indices: for each class of the model its row of the checkpoint's head, as when a head of
-        21841 classes is to serve ImageNet-1K. A checkpoint without layer scales fits a model that
-        starts them at 1. Works on parameters that `deepspeed.zero.Init` has partitioned, where all
-        ranks must call it.
+        21841 classes is to serve ImageNet-1K.
+    optional: names of the model's that a checkpoint may lack; and one without layer scales fits a
+        model that starts them at 1.
+
+    Works on parameters that `deepspeed.zero.Init` has partitioned, where all ranks must call it.
     """
     state, dropped = official_names(checkpoint)
     own = _shapes(model)
@@ -71,7 +74,8 @@ def load_weights(
         _select_classes(state, own, class_indices)
     if _config(model, "remove_center"):
         _remove_centres(state, own)
-    missing = [name for name in own if name not in state and not _has_default(model, name, state)]
+    missing = [n for n in own if n not in state and n not in optional]
+    missing = [n for n in missing if not _has_default(model, n, state)]
     unexpected = [name for name in state if name not in own]
     misshapen = [n for n, v in state.items() if n in own and tuple(v.shape) != own[n]]
     skipped: list[str] = []
@@ -193,9 +197,12 @@ def _has_default(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> bo
     """Tensors that a checkpoint may lack, as the model then computes the same."""
     if name.endswith("num_batches_tracked"):
         return name.replace("num_batches_tracked", "running_mean") in state
-    is_scale = name.endswith((".gamma1", ".gamma2"))
-    none_there = not any(key.endswith((".gamma1", ".gamma2")) for key in state)
-    return is_scale and none_there and _config(model, "layer_scale") == 1.0
+    none_there = not any(map(_is_layer_scale, state))
+    return _is_layer_scale(name) and none_there and _config(model, "layer_scale") == 1.0
+
+
+def _is_layer_scale(name: str) -> bool:
+    return ".blocks." in name and name.endswith((".gamma1", ".gamma2"))
 
 
 def _config(model: nn.Module, key: str) -> Any:
