@@ -47,8 +47,9 @@ class LeadBackbone(nn.Module):
 class CompositeInternImage(nn.Module):
     """images: (B, 3, H, W) -> the maps of both backbones, four each; see `InternImage.features`.
 
-    config: of both, in its detection form; frozen_stages are those of the first. Before stage i of the second backbone,
-    gamma_i · Σ_{j>=i} upsample(conv_ij(map j of the first)) is added, conv_ii the identity.
+    config: of both, in its detection form; frozen_stages are those of the first.
+    Before stage i of the second backbone, gamma_i · Σ_{j>=i} upsample(conv_ij(map j of the first))
+    is added, conv_ii the identity.
     """
 
     def __init__(self, config: InternImageConfig) -> None:
