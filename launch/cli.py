@@ -9,6 +9,7 @@ import typer
 from groundwork.launch.doctor import app as kernels_app
 from groundwork.launch.doctor import doctor
 from groundwork.launch.evaluation import app as evaluation_app
+from groundwork.launch.inspection import app as inspection_app
 from groundwork.launch.knowledge import app as knowledge_app
 from groundwork.launch.recipes import app as recipe_app
 from groundwork.launch.shards import app as shards_app
@@ -25,6 +26,7 @@ app.add_typer(knowledge_app, name="knowledge")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(evaluation_app, name="evaluate")
 app.add_typer(kernels_app, name="kernels")
+app.add_typer(inspection_app, name="inspect")
 app.command()(doctor)
 
 
