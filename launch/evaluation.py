@@ -11,8 +11,10 @@ from rich.table import Table
 
 from groundwork.data.atomic import write_atomically
 from groundwork.launch.errors import reporting, require_file, require_folder
+from groundwork.launch.evaluation_images import register
 
 app = typer.Typer(help="Evaluate a trained model.", no_args_is_help=True)
+register(app)
 console = Console(stderr=True, highlight=False)
 
 RESULTS = "zeroshot.json"

@@ -91,7 +91,7 @@ def _evaluate(
     if world.size > 1:
         dist.broadcast_object_list(result, src=0)
     bad = sum(len(part) for part in lists)
-    return {**result[0], "samples": float(sum(counts)), "bad_samples": float(bad)}
+    return {**result[0], "samples": sum(counts), "bad_samples": bad}
 
 
 def _batches(

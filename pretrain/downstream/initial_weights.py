@@ -114,7 +114,9 @@ def _of_run(checkpoint: Path, *, ema: bool) -> tuple[dict[str, Tensor], str, boo
     else:
         averaged = ema and has_ema(checkpoint)
         values = full_weights(checkpoint, ema=averaged)
-        values |= full_buffers(checkpoint, ema=averaged)
+        values |= full_buffers(checkpoint)
+        if averaged:
+            values |= full_buffers(checkpoint, ema=True)
     prefix = _backbone_prefix(values, checkpoint)
     own = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
     return own, str(checkpoint), averaged
