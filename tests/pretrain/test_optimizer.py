@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from groundwork.pretrain.engine.optimizer import (
 )
 from groundwork.pretrain.engine.schedule import ScheduleConfig
 from groundwork.pretrain.models.clip_text import TextConfig
+from groundwork.pretrain.models.internimage import InternImage, InternImageConfig
 from groundwork.pretrain.models.klite import InternImageTower, KliteConfig, build_klite
 from groundwork.pretrain.models.swin import SwinConfig
 from groundwork.pretrain.objectives.unicl import Unicl, UniclConfig
@@ -126,7 +127,7 @@ def test_a_step_without_gradient_shrinks_what_decays_and_spares_the_rest() -> No
 
 
 class Layers(nn.Module):
-    """A module that gives the layer scales of the official code, by the rule of a golden file."""
+    """Parameters of the given names, and their layer scales."""
 
     def __init__(self, scales: dict[str, float]) -> None:
         super().__init__()
@@ -165,32 +166,46 @@ def built_groups(model: nn.Module, config: OptimizerConfig) -> dict[tuple[float,
     }
 
 
-def test_classification_groups_are_the_official_ones(shared_golden: Path) -> None:
-    folder = shared_golden / "internimage" / "param_groups"
-    expected = golden_groups(folder / "cls_internimage_l.json")
-    scales = {
-        name: scale * (10 if ".offset." in name else 1)
-        for (scale, _), names in expected.items()
-        for name in names
-    }
-    config = OptimizerConfig(weight_decay=0.05, layer_decay=0.9, lr_multipliers={"offset": 0.1})
-    got = built_groups(Layers(scales), config)
-    assert len(got) == len(expected) < 200  # and not one for each of 839 tensors
+def internimage(variant: Literal["t", "l"]) -> nn.Module:
+    with torch.device("meta"):
+        return InternImage(InternImageConfig.variant(variant))
+
+
+def assert_same_groups(
+    got: dict[tuple[float, float], set[str]], expected: dict[tuple[float, float], set[str]]
+) -> None:
+    assert len(got) == len(expected)
     for (scale, decay), names in expected.items():
         match = [k for k in got if k[1] == decay and k[0] == pytest.approx(scale, rel=1e-6)]
         assert [got[key] for key in match] == [names]
+
+
+def test_classification_groups_are_the_official_ones(shared_golden: Path) -> None:
+    folder = shared_golden / "internimage" / "param_groups"
+    expected = golden_groups(folder / "cls_internimage_l.json")
+    config = OptimizerConfig(weight_decay=0.05, layer_decay=0.9, lr_multipliers={"offset": 0.1})
+    got = built_groups(internimage("l"), config)
+    assert len(got) < 200  # and not one for each of 839 tensors
+    assert_same_groups(got, expected)
+
+
+def test_without_layer_decay_there_are_two_groups(shared_golden: Path) -> None:
+    expected = golden_groups(
+        shared_golden / "internimage" / "param_groups" / "cls_internimage_t.json"
+    )
+    got = built_groups(internimage("t"), OptimizerConfig(weight_decay=0.05))
+    assert_same_groups(got, expected)
 
 
 def test_layers_count_from_the_part_that_has_them(shared_golden: Path) -> None:
     """The detection rule's golden: a backbone below other parts, which learn at the full rate."""
     folder = shared_golden / "internimage" / "param_groups"
     expected = golden_groups(folder / "det_internimage_l.json")
-    scale_of = {name: scale for (scale, _), names in expected.items() for name in names}
-    backbone = {n[len("backbone.") :]: s for n, s in scale_of.items() if n.startswith("backbone.")}
-    others = {n: 1.0 for n in scale_of if not n.startswith("backbone.")}
-    model = Layers(others)
-    model.lr_scales = None  # type: ignore[assignment,method-assign]
-    model.backbone = Layers(backbone)
+    names = {name for group in expected.values() for name in group}
+    model = Layers({name: 1.0 for name in names if not name.startswith("backbone.")})
+    model.backbone = internimage("l")
+    # a detector's backbone has no head of its own
+    del model.backbone.conv_head, model.backbone.head
     config = OptimizerConfig(
         weight_decay=0.05,
         layer_decay=0.94,
@@ -198,11 +213,7 @@ def test_layers_count_from_the_part_that_has_them(shared_golden: Path) -> None:
         lr_multipliers={"sampling_offsets": 0.01},
         no_weight_decay=("sampling_offsets",),
     )
-    got = built_groups(model, config)
-    assert sum(map(len, got.values())) == len(scale_of)
-    for (scale, decay), names in expected.items():
-        match = [k for k in got if k[1] == decay and k[0] == pytest.approx(scale, rel=1e-6)]
-        assert [got[key] for key in match] == [names]
+    assert_same_groups(built_groups(model, config), expected)
 
 
 def test_a_shared_parameter_is_slowed_if_one_of_its_names_is() -> None:
