@@ -17,7 +17,9 @@ Checkpoint = Annotated[
     Path,
     typer.Option(help="A run's folder, one of its checkpoints, an official file or an export."),
 ]
-Shards = Annotated[str, typer.Option(help="Data set: a folder, pattern or URL.")]
+Shards = Annotated[
+    str | None, typer.Option(help="Data set: a folder, pattern or URL; by default the run's.")
+]
 Variant = Annotated[
     str | None, typer.Option(help="Architecture of an official file: t, s, b, l, xl, h, g, ...")
 ]
@@ -40,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
 def classification(
     checkpoint: Checkpoint,
-    shards: Shards,
+    shards: Shards = None,
     split: Annotated[str, typer.Option(help="Split that is scored.")] = "val",
     variant: Variant = None,
     class_indices: Annotated[
@@ -60,21 +62,23 @@ def classification(
         from groundwork.data.dataset import open_dataset
         from groundwork.pretrain.downstream.finetune_evaluation import SplitReading
         from groundwork.pretrain.downstream.frozen_evaluation import classify_split
-        from groundwork.pretrain.downstream.image_models import load_image_model
+        from groundwork.pretrain.downstream.image_models import load_image_model, require_shards
 
-        dataset = open_dataset(shards, split)
         model = load_image_model(checkpoint, variant=variant, class_indices=class_indices, ema=ema)
+        where = require_shards(model, shards)
+        dataset = open_dataset(where, split)
         image = model.image if size is None else replace(model.image, size=size)
         reading = SplitReading(batch, workers, budget=bad_sample_budget)
         result = classify_split(model, dataset, image, reading)
-        return {"checkpoint": model.source, "size": image.size, **result}
+        found = {"checkpoint": model.source, "shards": where, "split": split}
+        return {**found, "size": image.size, **result}
 
-    raise typer.Exit(reporting(lambda: _report(run, f"{shards}/{split}", out)))
+    raise typer.Exit(reporting(lambda: _report(run, out)))
 
 
 def probe(
     checkpoint: Checkpoint,
-    shards: Shards,
+    shards: Shards = None,
     train: Train = "train",
     test: Test = "val",
     variant: Variant = None,
@@ -91,19 +95,19 @@ def probe(
     def run() -> dict[str, Any]:
         from groundwork.pretrain.downstream.probe import linear_probe
 
-        source, known, asked = _features(
+        found, known, asked = _features(
             checkpoint, shards, (train, test), variant, size, batch, workers, bad_sample_budget, ema
         )
         result = linear_probe(known.features, known.labels, asked.features, asked.labels, seed=seed)
         counts = {"train_samples": len(known.labels), "samples": len(asked.labels)}
-        return {"checkpoint": source, **asdict(result), **counts}
+        return {**found, **asdict(result), **counts}
 
-    raise typer.Exit(reporting(lambda: _report(run, f"{shards}/{test}", out)))
+    raise typer.Exit(reporting(lambda: _report(run, out)))
 
 
 def knn(
     checkpoint: Checkpoint,
-    shards: Shards,
+    shards: Shards = None,
     train: Train = "train",
     test: Test = "val",
     neighbours: Annotated[
@@ -125,7 +129,7 @@ def knn(
     def run() -> dict[str, Any]:
         from groundwork.pretrain.downstream.probe import NEIGHBOURS, knn_accuracy
 
-        source, known, asked = _features(
+        found, known, asked = _features(
             checkpoint, shards, (train, test), variant, size, batch, workers, bad_sample_budget, ema
         )
         scores = knn_accuracy(
@@ -138,14 +142,14 @@ def knn(
         )
         flat = {f"top{n}, k={k}": s[f"top{n}"] for k, s in scores.items() for n in (1, 5)}
         counts = {"train_samples": len(known.labels), "samples": len(asked.labels)}
-        return {"checkpoint": source, **flat, **counts}
+        return {**found, **flat, **counts}
 
-    raise typer.Exit(reporting(lambda: _report(run, f"{shards}/{test}", out)))
+    raise typer.Exit(reporting(lambda: _report(run, out)))
 
 
 def _features(
     checkpoint: Path,
-    shards: str,
+    shards: str | None,
     splits: tuple[str, str],
     variant: str | None,
     size: int | None,
@@ -153,26 +157,28 @@ def _features(
     workers: int,
     budget: float,
     ema: bool,
-) -> tuple[str, Any, Any]:
-    """(where the weights were read, features of the training split, and of the test split)."""
+) -> tuple[dict[str, Any], Any, Any]:
+    """(what was read, features of the training split, and of the test split)."""
     from groundwork.data.dataset import open_dataset
     from groundwork.pretrain.downstream.finetune_evaluation import SplitReading
     from groundwork.pretrain.downstream.frozen_evaluation import split_features
-    from groundwork.pretrain.downstream.image_models import load_image_model
+    from groundwork.pretrain.downstream.image_models import load_image_model, require_shards
 
-    datasets = [open_dataset(shards, split) for split in splits]
     model = load_image_model(checkpoint, variant=variant, ema=ema)
+    where = require_shards(model, shards)
+    datasets = [open_dataset(where, split) for split in splits]
     image = model.image if size is None else replace(model.image, size=size)
     reading = SplitReading(batch, workers, budget=budget)
     known, asked = (split_features(model, dataset, image, reading) for dataset in datasets)
-    return model.source, known, asked
+    found = {"checkpoint": model.source, "shards": where, "train": splits[0], "split": splits[1]}
+    return {**found, "size": image.size}, known, asked
 
 
-def _report(run: Callable[[], dict[str, Any]], title: str, out: Path | None) -> int:
+def _report(run: Callable[[], dict[str, Any]], out: Path | None) -> int:
     if out is not None:
         require_file(out)
     results = run()
-    table = Table("metric", "value", title=title)
+    table = Table("what", "value")
     for name, value in results.items():
         if not isinstance(value, dict):
             is_tiny = isinstance(value, float) and 0 < value < 0.01

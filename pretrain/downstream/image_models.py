@@ -25,7 +25,11 @@ from groundwork.pretrain.engine.checkpoint import (
     verify_files,
 )
 from groundwork.pretrain.models.internimage import InternImage, InternImageConfig
-from groundwork.pretrain.models.internimage_weights import OfficialWeightsError, official_names
+from groundwork.pretrain.models.internimage_weights import (
+    HeadRule,
+    OfficialWeightsError,
+    official_names,
+)
 from groundwork.pretrain.models.klite import KliteConfig
 from groundwork.pretrain.objectives.pixels import normalise
 from groundwork.pretrain.recipe import recipe_from_dict
@@ -41,7 +45,7 @@ DEFAULT_SIZE: Final = 224
 class ImageModel:
     """logits: (B, 3, S, S) normalised pixels -> (B, K), None without a classifier. features: the
     same -> (B, D) pooled. image: how pictures were prepared in training. source: where the weights
-    were read.
+    were read. shards: the data set of the run, where the model is of one.
     """
 
     module: nn.Module
@@ -50,6 +54,7 @@ class ImageModel:
     num_classes: int
     image: ImageTransform
     source: str
+    shards: str | None
 
 
 def load_image_model(
@@ -68,7 +73,7 @@ def load_image_model(
     Raises CheckpointError.
     """
     checkpoint = find_checkpoint(path) if path.is_dir() else None
-    image = ImageTransform(size=DEFAULT_SIZE)
+    image, shards = ImageTransform(size=DEFAULT_SIZE), None
     if checkpoint is None:
         config = _official_config(path, variant)
     else:
@@ -76,36 +81,36 @@ def load_image_model(
         if is_finetuned(checkpoint):
             state = read_finetune_state(checkpoint)
             recipe = finetune_recipe_from_dict(state.recipe, str(checkpoint))
-            config = recipe.backbone
+            config, shards = recipe.backbone, recipe.data.shards
             if recipe.task.kind == "classification":
                 config = replace(config, num_classes=state.classes or 0)
                 image = recipe.task.image
         else:
             pretrained = recipe_from_dict(read_state(checkpoint).recipe, str(checkpoint))
-            image = pretrained.data.image
+            image, shards = pretrained.data.image, pretrained.data.shards
             if isinstance(pretrained.model, KliteConfig):
-                return _tower(checkpoint, image, ema=ema)
+                return _tower(checkpoint, image, shards, ema=ema)
             config = pretrained.model
     if class_indices is not None:
         config = replace(config, num_classes=len(read_class_indices(class_indices)))
     # neither changes the result of evaluation
     model = InternImage(replace(config, drop_path=0.0, activation_checkpointing=False))
-    head = None if config.num_classes else "skip"
+    head: HeadRule | None = None if config.num_classes else "skip"
     indices = None if class_indices is None else str(class_indices)
     report = load_initial_weights(model, WeightsConfig(str(path), ema, head, indices))
     model.eval()
     logits = model if config.num_classes else None
     return ImageModel(
-        model, logits, model.forward_features, config.num_classes, image, report.source
+        model, logits, model.forward_features, config.num_classes, image, report.source, shards
     )
 
 
-def _tower(checkpoint: Path, image: ImageTransform, *, ema: bool) -> ImageModel:
+def _tower(checkpoint: Path, image: ImageTransform, shards: str | None, *, ema: bool) -> ImageModel:
     """The image tower of a two-tower model: what it pools, before the projection."""
     model: Any = load_trained(checkpoint, ema=ema and has_ema(checkpoint)).model
     tower = model.visual.eval()
     features = getattr(tower, "forward_features", tower)
-    return ImageModel(tower, None, features, 0, image, str(checkpoint))
+    return ImageModel(tower, None, features, 0, image, str(checkpoint), shards)
 
 
 def _official_config(path: Path, variant: str | None) -> InternImageConfig:
@@ -126,6 +131,17 @@ def _official_config(path: Path, variant: str | None) -> InternImageConfig:
         raise CheckpointError(f"{source}: {error}") from error
     classes = len(names["head.weight"]) if "head.weight" in names else 0
     return replace(config, num_classes=classes)
+
+
+def require_shards(model: ImageModel, given: str | None) -> str:
+    """The data set to evaluate on: the one that was named, or the one of the run."""
+    shards = given or model.shards
+    if shards is None:
+        raise CheckpointError(
+            f"{model.source} does not say which data set it is to be evaluated on; name one with "
+            "--shards"
+        )
+    return shards
 
 
 def normalised(image: Tensor) -> Tensor:

@@ -103,8 +103,8 @@ def fit_logistic_regression(
         with torch.enable_grad():
             optimizer.zero_grad()
             loss = F.cross_entropy(x @ weight.T + bias, y) + penalty / 2 * weight.square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()  # type: ignore[return-value]
+            loss.backward()
+        return float(loss.detach())
 
     optimizer.step(closure)
     return LogisticRegression(weight.detach(), bias.detach())
