@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,11 +12,15 @@ from torch import Tensor, nn
 from groundwork.pretrain.engine.checkpoint import CheckpointError
 from groundwork.pretrain.kinds import MODELS
 from groundwork.pretrain.models.internimage import InternImage, InternImageConfig
+from groundwork.pretrain.models.klite import KliteConfig
 from groundwork.pretrain.recipe import recipe_from_dict
 from groundwork.pretrain.recipe_file import recipe_from_values, recipe_to_dict
 from groundwork.pretrain.weights.exportable import Exportable, ExportOptions
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+#: kind of model -> its config.
+CONFIGS: Final[Mapping[str, type]] = {"klite": KliteConfig, "internimage": InternImageConfig}
 
 
 def write_groundwork(subject: Exportable, folder: Path, _: ExportOptions) -> None:
@@ -45,10 +50,14 @@ def load_groundwork(folder: Path) -> nn.Module:
         raise CheckpointError(
             f"{place}: no export of --format groundwork; give the folder that the export wrote"
         )
-    given = config.get("model", {})
-    if given.get("kind") == "internimage":
-        model: nn.Module = InternImage(recipe_from_values(InternImageConfig, given, str(place)))
-    else:
+    if "model" in config:
+        kind = config["model"].get("kind")
+        if kind not in CONFIGS:
+            raise CheckpointError(
+                f"{place}: model.kind is {kind!r}; this version knows {', '.join(CONFIGS)}"
+            )
+        model = MODELS[kind](recipe_from_values(CONFIGS[kind], config["model"], str(place)))
+    else:  # as the first version wrote them
         recipe = recipe_from_dict(config["recipe"], str(place))
         model = MODELS[recipe.model.kind](recipe.model)
     try:

@@ -94,12 +94,18 @@ class InternImageConfig(PretrainedConfig):
         self.hidden_size = channels * 8
         self.hidden_sizes = [channels * 2**i for i in range(4)]
         self.stage_names = list(STAGES)
-        if out_indices is not None:
-            chosen = [STAGES[i] for i in out_indices]
-            # a saved config has both, and one of them may be given anew
-            out_features = chosen if out_features is None else out_features
+        if out_features is None and out_indices is not None:
+            out_features = [STAGES[i] for i in out_indices]
         self.out_features = list(out_features or STAGES[-1:])
-        unknown = [name for name in self.out_features if name not in STAGES]
-        if unknown:
-            raise ValueError(f"out_features has {unknown}; choose among {', '.join(STAGES)}")
-        self.out_indices = [STAGES.index(name) for name in self.out_features]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keeps the two ways to choose stages together: transformers sets either by itself."""
+        if name == "out_features":
+            unknown = [stage for stage in value if stage not in STAGES]
+            if unknown:
+                raise ValueError(f"out_features has {unknown}; choose among {', '.join(STAGES)}")
+            super().__setattr__("out_indices", [STAGES.index(stage) for stage in value])
+        elif name == "out_indices":
+            value = [int(i) % len(STAGES) for i in value]
+            super().__setattr__("out_features", [STAGES[i] for i in value])
+        super().__setattr__(name, value)
