@@ -23,7 +23,7 @@ HeadRule = Literal["same", "skip", "zeros", "scaled"]
 CONTAINERS: Final = ("model", "module", "state_dict")
 
 HEAD_PARTS: Final = (
-    *("head.", "conv_head.", "fc_norm."),
+    *("head.", "conv_head.", "fc_norm.", "meta_"),
     *("clip_projector.", "dcnv3_head_x3.", "dcnv3_head_x4."),
 )
 
