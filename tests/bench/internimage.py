@@ -7,7 +7,8 @@ with --all also -S and -B, at 224 pixels against
 - timm's ConvNeXt and Swin of the same size.
 On a GPU if there is one (bfloat16 autocast; TF32 where float32 is asked for), else on the CPU
 (float32 and bfloat16). Models take turns, so that other work on the machine meets all of them: a
-ratio is the median of the ratios of neighbouring runs. Prints images/s, FLOP/s as a share of the
+ratio is the median of the ratios of neighbouring runs. On a machine that is never quiet `--clock
+cpu` counts the CPU time of one thread instead. Prints images/s, FLOP/s as a share of the
 peak (MFU), memory, ratios, and the parts of a training step.
 """
 
@@ -67,6 +68,7 @@ class Setting:
     size: int
     seconds: float
     drop_path: float | None
+    clock: str
 
 
 class Runner:
@@ -136,21 +138,22 @@ def check(ours: nn.Module, plain: nn.Module, images: Tensor) -> None:
         model.load_state_dict(saved)
 
 
-def measured_peak(device: str, precision: str) -> float:
+def measured_peak(device: str, precision: str, clock: str) -> float:
     """FLOP/s of the best of many large matrix products."""
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=PRECISIONS[precision]) for _ in range(2))
-    return 2 * size**3 / min(seconds_of(lambda: a @ b, device) for _ in range(10))
+    return 2 * size**3 / min(seconds_of(lambda: a @ b, device, clock) for _ in range(10))
 
 
-def seconds_of(run: Callable[[], object], device: str) -> float:
+def seconds_of(run: Callable[[], object], device: str, clock: str) -> float:
+    now = time.perf_counter if clock == "wall" else time.process_time
     if device == "cuda":
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = now()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return now() - began
 
 
 def memory_of(run: Callable[[], object], device: str) -> int | None:
@@ -167,16 +170,16 @@ def memory_of(run: Callable[[], object], device: str) -> int | None:
 
 
 def take_turns(
-    runs: Mapping[str, Callable[[], object]], seconds: float, device: str
+    runs: Mapping[str, Callable[[], object]], setting: Setting
 ) -> dict[str, list[float]]:
-    """Seconds of each run, in rounds; at least 3 rounds, and no more than `seconds` for each."""
+    """Seconds of each run, in rounds: at least 3, and until `setting.seconds` for each are over."""
     for run in runs.values():
-        seconds_of(run, device)
+        run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.monotonic() + seconds * len(runs)
+    end = time.monotonic() + setting.seconds * len(runs)
     while time.monotonic() < end or len(times[OURS]) < 3:
         for name, run in runs.items():
-            times[name].append(seconds_of(run, device))
+            times[name].append(seconds_of(run, setting.device, setting.clock))
     return times
 
 
@@ -194,7 +197,7 @@ def measure(setting: Setting, only: list[str], peaks: Mapping[str, float]) -> di
     for what, factor in (("forward", 2), ("step", 6)):
         runs = {name: getattr(runner, what) for name, runner in runners.items()}
         memory = {name: memory_of(run, setting.device) for name, run in runs.items()}
-        times = take_turns(runs, setting.seconds, setting.device)
+        times = take_turns(runs, setting)
         for name, runner in runners.items():
             middle = statistics.median(times[name])
             flops = factor * runner.macs * setting.batch / middle
@@ -225,7 +228,8 @@ def show(record: dict[str, Any], console: Console) -> None:
     floor = 6 * record["models"][OURS]["gmacs"] * 1e12 * record["batch"] / min(peaks.values())
     table = Table(
         title=f"InternImage-{record['variant'].upper()}, {record['precision']}, batch "
-        f"{record['batch']}, {record['size']} px; floor of our step {floor:.0f} ms"
+        f"{record['batch']}, {record['size']} px, {record['clock']} time; floor of our step "
+        f"{floor:.0f} ms"
     )
     for head in ("network", "GMACs", "run", "images/s", "best", "GFLOP/s"):
         table.add_column(head, justify="right")
@@ -267,9 +271,9 @@ def show(record: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def peaks_of(device: str, precision: str) -> dict[str, float]:
+def peaks_of(device: str, precision: str, clock: str) -> dict[str, float]:
     """Kind -> FLOP/s: measured, and of the data sheet where the device is known."""
-    peaks = {"measured matmul": measured_peak(device, precision)}
+    peaks = {"measured matmul": measured_peak(device, precision, clock)}
     if device == "cuda":
         name = torch.cuda.get_device_name()
         sheet = next((peaks for part, peaks in PEAKS.items() if part in name), None)
@@ -290,9 +294,14 @@ def main() -> None:
     parser.add_argument("--precision", choices=list(PRECISIONS), help="only this one")
     parser.add_argument("--only", nargs="*", default=[], help="peers whose names contain this")
     parser.add_argument("--drop-path", type=float, help="of all networks; that of the variant")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="on the CPU")
     parser.add_argument("--cpu", action="store_true", help="measure the CPU, also beside a GPU")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu"
+    if arguments.clock == "cpu":
+        if device == "cuda":
+            raise SystemExit("--clock cpu does not time a GPU; add --cpu, or leave it out")
+        torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     torch.backends.cudnn.allow_tf32 = True
     console = Console(width=150)
@@ -308,7 +317,7 @@ def main() -> None:
         precisions = [arguments.precision]
     records = []
     for precision in precisions:
-        peaks = peaks_of(device, precision)
+        peaks = peaks_of(device, precision, arguments.clock)
         for variant in variants:
             setting = Setting(
                 variant,
@@ -318,6 +327,7 @@ def main() -> None:
                 64 if arguments.quick else arguments.size,
                 0.5 if arguments.quick else arguments.seconds,
                 arguments.drop_path,
+                arguments.clock,
             )
             records.append(measure(setting, arguments.only, peaks))
             show(records[-1], console)
