@@ -94,9 +94,10 @@ def export_model(
         ),
     ] = "hf",
     ema: Annotated[bool, typer.Option(help="The averaged weights.")] = False,
-    image_tower: Annotated[
-        bool, typer.Option(help="Only the image model of an image-text model.")
-    ] = False,
+    tower: Annotated[
+        str | None,
+        typer.Option(help="Only the image model of an image-text model: image, or M3I's teacher."),
+    ] = None,
     variant: Annotated[
         str | None,
         typer.Option(help="Size of official weights: t, s, b, l, xl, h, g, flash_t, ..., flash_l."),
@@ -129,7 +130,7 @@ def export_model(
                 out,
                 format_,
                 ema=ema,
-                image_tower=image_tower,
+                tower=tower,
                 variant=variant,
                 num_classes=num_classes,
                 size=size,

@@ -15,7 +15,7 @@ class ExportArguments:
     out: Path
     kind: str = "hf"
     ema: bool = False
-    image_tower: bool = False
+    tower: str | None = None
     variant: str | None = None
     num_classes: int | None = None
     size: int | None = None
@@ -39,7 +39,7 @@ def start(arguments: ExportArguments) -> int:
         subject = find_exportable(
             arguments.checkpoint,
             ema=arguments.ema,
-            image_tower=arguments.image_tower,
+            tower=arguments.tower,  # type: ignore[arg-type]  # checked there
             variant=arguments.variant,
             num_classes=arguments.num_classes,
             size=arguments.size,

@@ -170,7 +170,7 @@ def _format(subject: Exportable, kind: str, options: ExportOptions) -> Format:
             raise ExportError(f"--format {kind}: unknown; choose among {', '.join(known)}")
         raise ExportError(
             f"--format {kind}: not for the model {subject.config.kind}, which has "
-            f"{', '.join(formats)}; --image-tower exports the image model in it alone"
+            f"{', '.join(formats)}; --tower image exports the image model in it alone"
         )
     for option, given, needed in (
         ("--pth", options.pth, "official"),

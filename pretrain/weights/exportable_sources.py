@@ -3,7 +3,12 @@
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
+from torch import nn
+
+from groundwork.data.shard_index import ShardError
+from groundwork.data.shards import MANIFEST, read_concepts, read_manifest
 from groundwork.data.transforms import ImageTransform
 from groundwork.pretrain.downstream.finetune_checkpoint import (
     AVERAGE,
@@ -21,6 +26,9 @@ from groundwork.pretrain.weights.exportable import Exportable
 from groundwork.pretrain.weights.internimage import load_internimage
 from groundwork.pretrain.weights.trained import Trained, load_trained
 
+#: Part of an image-text model: the image tower, or the teacher that follows it (M3I).
+Tower = Literal["image", "teacher"]
+
 #: Of the backbone's parameters in a model of fine-tuning.
 PREFIX = "backbone."
 AVERAGED = " The weights are averages over the steps."
@@ -30,7 +38,7 @@ def find_exportable(
     path: Path,
     *,
     ema: bool = False,
-    image_tower: bool = False,
+    tower: Tower | None = None,
     variant: str | None = None,
     num_classes: int | None = None,
     size: int | None = None,
@@ -49,11 +57,11 @@ def find_exportable(
                 )
         checkpoint = require_checkpoint(path)
         if is_finetuned(checkpoint):
-            if image_tower:
-                raise ExportError("--image-tower: of image-text models only; leave it out")
+            if tower is not None:
+                raise ExportError(f"--tower {tower}: of image-text models only; leave it out")
             return exportable_finetuned(checkpoint, ema=ema)
-        return exportable(load_trained(checkpoint, ema=ema), image_tower=image_tower, ema=ema)
-    for option, given in (("--ema", ema), ("--image-tower", image_tower)):
+        return exportable(load_trained(checkpoint, ema=ema), tower=tower, ema=ema)
+    for option, given in (("--ema", ema), ("--tower", tower)):
         if given:
             raise ExportError(f"{option}: of runs only, not of official weights; leave it out")
     try:
@@ -66,8 +74,8 @@ def find_exportable(
     return exportable_official(path, config, transform)
 
 
-def exportable(trained: Trained, *, image_tower: bool = False, ema: bool = False) -> Exportable:
-    """The model of a pretraining run. image_tower: only that part of an image-text model.
+def exportable(trained: Trained, *, tower: Tower | None = None, ema: bool = False) -> Exportable:
+    """The model of a pretraining run. tower: only that part of an image-text model.
 
     ema: the weights are averages, for the model card.
     """
@@ -80,15 +88,18 @@ def exportable(trained: Trained, *, image_tower: bool = False, ema: bool = False
         f"(manifests: {listed}), {state.step:,} steps, {state.position:,} samples seen."
         + (AVERAGED if ema else "")
     )
+    classes = getattr(recipe.model, "num_classes", 0)
+    labels, licence = described(recipe.data.shards, state.dataset, classes)
     whole = Exportable(
         trained.model,
         recipe.model,
         recipe.data.image,
-        origin,
+        origin + licence,
         recipe_to_dict(recipe),
         trained.tokenizer,
+        labels,
     )
-    return tower_of(whole) if image_tower else whole
+    return whole if tower is None else tower_of(whole, trained.objective, tower)
 
 
 def exportable_finetuned(checkpoint: Path, *, ema: bool = False) -> Exportable:
@@ -126,25 +137,52 @@ def exportable_finetuned(checkpoint: Path, *, ema: bool = False) -> Exportable:
         + (AVERAGED if ema else "")
         + what
     )
-    return Exportable(model.eval(), config, image, origin, state.recipe)
+    shards = state.recipe["data"]["shards"]
+    labels, licence = described(shards, state.dataset, config.num_classes)
+    return Exportable(model.eval(), config, image, origin + licence, state.recipe, labels=labels)
 
 
-def tower_of(whole: Exportable) -> Exportable:
-    """The image tower of an image-text model, as a model of its own."""
+def described(shards: str | None, digest: str, classes: int) -> tuple[tuple[str, ...], str]:
+    """The names of the classes, and a sentence with the data's licence, if the data set is at hand.
+
+    shards: as in recipes. digest: of the data set as it was trained on; a changed one says nothing.
+    """
+    folder = Path(shards or "")
+    if shards is None or not (folder / MANIFEST).is_file():
+        return (), ""
+    try:
+        manifest, concepts = read_manifest(folder), read_concepts(folder)
+    except (ShardError, OSError):
+        return (), ""
+    if not digest.startswith(manifest.digest()):
+        return (), ""
+    named = {concept.label: concept.name for concept in concepts}
+    names = tuple(named.get(i, f"LABEL_{i}") for i in range(classes)) if named else ()
+    return names, f" The data's licence: {manifest.licence}."
+
+
+def tower_of(whole: Exportable, objective: nn.Module, tower: Tower) -> Exportable:
+    """The image tower of an image-text model, or its momentum teacher, as a model of its own."""
+    if tower not in ("image", "teacher"):
+        raise ExportError(f"--tower {tower}: unknown; choose image or teacher")
     if not isinstance(whole.config, KliteConfig):
         raise ExportError(
-            f"--image-tower: the model is {whole.config.kind}, which is an image model as a whole; "
-            "leave the option out"
+            f"--tower {tower}: the model is {whole.config.kind}, which is an image model as a "
+            "whole; leave the option out"
         )
     config = whole.config.image
     if not isinstance(config, InternImageConfig):
         raise ExportError(
-            f"--image-tower: the tower is {config.kind}, and only internimage has formats of its "
+            f"--tower {tower}: the tower is {config.kind}, and only internimage has formats of its "
             "own; leave the option out"
         )
-    model = whole.model.visual
-    assert isinstance(model, InternImage)
-    return replace(whole, model=model, config=config, tokenizer=None)
+    model = whole.model.visual if tower == "image" else getattr(objective, "teacher", None)
+    if not isinstance(model, InternImage):
+        raise ExportError(
+            "--tower teacher: the run has no momentum teacher (objective m3i with a dense_weight "
+            "above 0 has); choose --tower image"
+        )
+    return replace(whole, model=model.eval(), config=config, tokenizer=None, labels=())
 
 
 def exportable_official(path: Path, config: InternImageConfig, image: ImageTransform) -> Exportable:

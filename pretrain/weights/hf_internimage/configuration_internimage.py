@@ -100,12 +100,14 @@ class InternImageConfig(PretrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keeps the two ways to choose stages together: transformers sets either by itself."""
+        values = {name: value}
         if name == "out_features":
             unknown = [stage for stage in value if stage not in STAGES]
             if unknown:
                 raise ValueError(f"out_features has {unknown}; choose among {', '.join(STAGES)}")
-            super().__setattr__("out_indices", [STAGES.index(stage) for stage in value])
+            values["out_indices"] = [STAGES.index(stage) for stage in value]
         elif name == "out_indices":
-            value = [int(i) % len(STAGES) for i in value]
-            super().__setattr__("out_features", [STAGES[i] for i in value])
-        super().__setattr__(name, value)
+            places = [int(i) % len(STAGES) for i in value]
+            values = {name: places, "out_features": [STAGES[i] for i in places]}
+        for key, chosen in values.items():
+            super().__setattr__(key, chosen)  # type: ignore[no-untyped-call]
