@@ -1,5 +1,9 @@
+import json
 import math
+import subprocess
+import sys
 from collections import OrderedDict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +27,7 @@ from groundwork.pretrain.downstream.instance_segmentation import (
     build_instance_segmentation,
     class_names,
 )
+from groundwork.pretrain.engine.optimizer import parameter_groups
 from groundwork.pretrain.models.cascade_rcnn import STAGES, build_cascade_heads
 from groundwork.pretrain.models.feature_pyramid import FeaturePyramid, PyramidRoIAlign
 from groundwork.pretrain.models.internimage import InternImageConfig
@@ -435,6 +440,26 @@ def test_the_recipes_differ_only_where_the_official_configs_do() -> None:
         assert bool(recipe.task.image.crop_from) == (epochs == 36)
 
 
+def test_the_backbone_of_a_cascade_learns_slower_towards_its_input() -> None:
+    recipe = load_finetune_recipe("internimage_l_cascade_1x")
+    dataset: Any = SimpleNamespace(concepts=[Concept(i, str(i)) for i in range(80)])
+    assert isinstance(recipe.task, InstanceSegmentationTask)
+    with torch.device("meta"):
+        model = build_instance_segmentation(recipe.task, recipe.backbone, dataset).model
+    scales = {
+        id(p): (group["lr_scale"], group["weight_decay"])
+        for group in parameter_groups(model, recipe.optimizer)
+        for p in group["params"]
+    }
+    by_name = {name: scales[id(p)] for name, p in model.named_parameters()}
+    # 37 blocks, so 39 layers with the stem and the heads; the first block is layer 1
+    assert by_name["backbone.patch_embed.conv1.weight"] == pytest.approx((0.94**38, 0.05))
+    assert by_name["backbone.levels.0.blocks.0.mlp.fc1.weight"] == pytest.approx((0.94**37, 0.05))
+    assert by_name["backbone.levels.3.blocks.4.gamma1"] == pytest.approx((0.94**1, 0.0))
+    assert by_name["heads.stages.2.box_predictor.cls_score.weight"] == (1.0, 0.05)
+    assert by_name["heads.stages.0.box_head.0.1.weight"] == (1.0, 0.0)
+
+
 def linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
@@ -518,3 +543,51 @@ def test_a_checkpoint_of_another_detector_is_refused() -> None:
     state = {"bbox_head.cls_branches.0.weight": torch.zeros(1), "backbone.x": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"1 parameters are none.*bbox_head\.cls_branches\.0"):
         rcnn_from_mmdet(state)
+
+
+# -------------------------------------------------------------------------- learning
+
+
+def untrained_scores(task: InstanceSegmentation, pictures: int) -> dict[str, float]:
+    """Of the first pictures of the split `val`."""
+    config, first = ScenesConfig(), 1_000_000_000
+    evaluator = task.evaluator()
+    task.model.eval()
+    for start in range(0, pictures, 10):
+        batch = task.collate(
+            [
+                task.example(scene_sample(config, first + i)[1], None)
+                for i in range(start, start + 10)
+            ]
+        )
+        with torch.no_grad():
+            evaluator.add(task.model(batch), batch)
+    return evaluator.result(evaluator.records())
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_to_find_and_outline_objects(tmp_path: Path) -> None:
+    """From scratch, through the commands that the recipe names, in a quarter of its steps."""
+    groundwork = str(Path(sys.executable).parent / "groundwork")
+    shards, run = str(tmp_path / "scenes"), tmp_path / "run"
+    scenes = ("--train", "2000", "--val", "60", "--compositional", "1")
+    subprocess.run([groundwork, "shards", "build", "scenes", "--out", shards, *scenes], check=True)
+    name = "internimage_scenes_mask_rcnn"
+    settings = (f"data.shards={shards}", "train.steps=250", "checkpoint.every_steps=250")
+    subprocess.run(
+        [groundwork, "finetune", name, "--out", str(run)]
+        + [argument for setting in settings for argument in ("--set", setting)],
+        check=True,
+    )
+    trained = json.loads((run / "results.json").read_text())
+
+    recipe = load_finetune_recipe(name, ["task.rcnn.score_threshold=0.0"])
+    assert isinstance(recipe.task, InstanceSegmentationTask)
+    dataset: Any = SimpleNamespace(concepts=scenes_concepts(ScenesConfig()))
+    torch.manual_seed(0)
+    untrained = untrained_scores(
+        build_instance_segmentation(recipe.task, recipe.backbone, dataset), 60
+    )
+    for metric in ("box_ap50", "mask_ap50"):
+        assert untrained[metric] < 0.02
+        assert trained["last"][metric] > 0.12
