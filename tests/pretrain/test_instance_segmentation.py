@@ -567,7 +567,7 @@ def untrained_scores(task: InstanceSegmentation, pictures: int) -> dict[str, flo
 
 @pytest.mark.slow
 def test_a_small_model_learns_to_find_and_outline_objects(tmp_path: Path) -> None:
-    """From scratch, through the commands that the recipe names, in a quarter of its steps."""
+    """From scratch, through the commands that the recipe names, in half of its steps."""
     groundwork = str(Path(sys.executable).parent / "groundwork")
     shards, run = str(tmp_path / "scenes"), tmp_path / "run"
     scenes = ("--train", "2000", "--val", "60", "--compositional", "1")
