@@ -98,7 +98,12 @@ def probe(
         found, known, asked = _features(
             checkpoint, shards, (train, test), variant, size, batch, workers, bad_sample_budget, ema
         )
-        result = linear_probe(known.features, known.labels, asked.features, asked.labels, seed=seed)
+        try:
+            result = linear_probe(
+                known.features, known.labels, asked.features, asked.labels, seed=seed
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--train") from error
         counts = {"train_samples": len(known.labels), "samples": len(asked.labels)}
         return {**found, **asdict(result), **counts}
 
@@ -132,14 +137,11 @@ def knn(
         found, known, asked = _features(
             checkpoint, shards, (train, test), variant, size, batch, workers, bad_sample_budget, ema
         )
-        scores = knn_accuracy(
-            known.features,
-            known.labels,
-            asked.features,
-            asked.labels,
-            neighbours or NEIGHBOURS,
-            temperature,
-        )
+        data = (known.features, known.labels, asked.features, asked.labels)
+        try:
+            scores = knn_accuracy(*data, neighbours or NEIGHBOURS, temperature)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="-k") from error
         flat = {f"top{n}, k={k}": s[f"top{n}"] for k, s in scores.items() for n in (1, 5)}
         counts = {"train_samples": len(known.labels), "samples": len(asked.labels)}
         return {**found, **flat, **counts}
@@ -180,10 +182,10 @@ def _report(run: Callable[[], dict[str, Any]], out: Path | None) -> int:
     results = run()
     table = Table("what", "value")
     for name, value in results.items():
-        if not isinstance(value, dict):
-            is_tiny = isinstance(value, float) and 0 < value < 0.01
-            shown = f"{value:.1e}" if is_tiny else f"{value:.2f}"
-            table.add_row(name, shown if isinstance(value, float) else str(value))
+        if isinstance(value, float):
+            table.add_row(name, f"{value:.1e}" if 0 < value < 0.01 else f"{value:.2f}")
+        elif not isinstance(value, dict):
+            table.add_row(name, str(value))
     Console().print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
