@@ -1,7 +1,7 @@
 """The decoder of M3I pre-training (arXiv 2211.09807): from a mixture's tokens to a picture's.
 
-The paper has a decoder between the encoder of the mixture and the dense targets; that it is a small
-transformer with mask tokens and fixed positions, and its size, are ours.
+A decoder between the encoder of the mixture and the dense targets is the paper's idea; that it is a
+small transformer with mask tokens and fixed positions, and its size, are ours.
 """
 
 from functools import partial

@@ -1,10 +1,10 @@
 """M3I: contrastive, label and self-supervised targets of mixed pictures in one stage.
 
 Su et al., "Towards All-in-one Pre-training via Maximizing Multi-modal Mutual Information" (CVPR
-2023, arXiv 2211.09807), which pre-trained InternImage-H and -G; no code was published. From the
-paper: one loss for texts, classes and the pictures themselves, mixtures of two pictures as input,
-the targets of both, dense targets by a momentum encoder through a decoder. What is ours is said in
-docs/m3i.md.
+2023, arXiv 2211.09807), which pre-trained InternImage-H and -G; no code was published. The outline
+is the paper's: one loss for texts, classes and the pictures themselves, mixtures of two pictures as
+input, the targets of both, dense targets by a momentum encoder through a decoder. All that fills it
+is ours, and so said in docs/m3i.md.
 """
 
 import math
@@ -260,8 +260,8 @@ def dense_loss(predicted: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
     """Mean smooth L1 distance over the positions that count, in float32.
 
     predicted, targets: (B, N, D); counted: (B, h, w) bool, h·w = N, at least one True. The square
-    of a small distance is the likelihood of a Gaussian, as in the paper; a large one counts by its
-    size only, so that a few channels far out do not decide the gradient.
+    of a small distance is the likelihood of a Gaussian; a large one counts by its size only, so
+    that a few channels far out do not decide the gradient.
     """
     distance = F.smooth_l1_loss(predicted.float(), targets, reduction="none").mean(-1)
     weight = counted.flatten(1).to(distance.dtype)
