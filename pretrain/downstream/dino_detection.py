@@ -94,6 +94,7 @@ class DinoDetection:
     ) -> None:
         self.image = config.image
         self.class_names = list(names)
+        self.num_classes = len(self.class_names)
         self.model: nn.Module = model
 
     def example(self, sample: Sample, rng: np.random.Generator | None) -> DetectionExample:

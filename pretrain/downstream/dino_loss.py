@@ -166,7 +166,7 @@ def _edges(boxes: Tensor) -> Tensor:
 def _mean_over_ranks(count: int, like: Tensor) -> Tensor:
     """At least 1, (), on the device of `like`. Every rank of a process group must call it."""
     total = torch.tensor(float(count), device=like.device)
-    if distributed.is_available() and distributed.is_initialized():
+    if distributed.is_initialized() and (ranks := distributed.get_world_size()) > 1:
         distributed.all_reduce(total)
-        total = total / distributed.get_world_size()
+        total = total / ranks
     return total.clamp_min(1)

@@ -139,6 +139,7 @@ class SegmentImages:
         self.config = config
         self.model: nn.Module = model
         self.class_names = class_names
+        self.num_classes = config.labels.num_classes
 
     def example(self, sample: Sample, rng: np.random.Generator | None) -> SegmentationExample:
         return segmentation_example(sample, self.config.labels, self.config.transform, rng)
