@@ -198,7 +198,9 @@ def _mend(
     decoded: Tensor, labels: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
 ) -> list[Tensor]:
     """Each box as its class's deltas say, (n, 4) of each picture; inside of the picture."""
-    boxes = decoded.detach()[torch.arange(len(labels), device=labels.device), labels]
+    # by rows of four: torchvision gives (0, 4 classes) where there is no box at all
+    rows = torch.arange(len(labels), device=labels.device) * decoded.shape[1] + labels
+    boxes = decoded.detach().reshape(-1, 4)[rows]
     return [
         clip_boxes_to_image(part, shape)
         for part, shape in zip(boxes.split([len(p) for p in proposals]), image_shapes, strict=True)

@@ -33,6 +33,7 @@ from groundwork.pretrain.models.feature_pyramid import FeaturePyramid, PyramidRo
 from groundwork.pretrain.models.internimage import InternImageConfig
 from groundwork.pretrain.models.mask_rcnn import (
     RcnnConfig,
+    build_mask_rcnn_heads,
     build_proposals,
     paste_masks,
 )
@@ -226,6 +227,15 @@ def test_each_stage_moves_the_boxes_of_the_one_before() -> None:
         assert score.item() == pytest.approx(scores[label].item())
         moved = box[0] + torch.tensor([1.0, 0, 1, 0]) * 40 * (0.1 + 0.2 + moves[2][label])
         torch.testing.assert_close(mended, moved)
+
+
+@pytest.mark.parametrize("build", [build_mask_rcnn_heads, build_cascade_heads])
+def test_no_proposal_at_all_gives_no_detection(build: Any) -> None:
+    # so it is where a model has diverged: boxes that are not numbers are left out
+    heads = build(SMALL, 3).eval()
+    results, _ = heads(features_of(2, 8), [torch.zeros(0, 4)] * 2, [(256, 256)] * 2)
+    assert [tuple(result["boxes"].shape) for result in results] == [(0, 4)] * 2
+    assert [tuple(result["masks"].shape) for result in results] == [(0, 1, 28, 28)] * 2
 
 
 def giou(a: Tensor, b: Tensor) -> float:
