@@ -167,12 +167,19 @@ def test_an_opset_without_the_operations_is_named(opset: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [CLIP, FLASH], ids=["h", "flash"])
-def test_the_other_kinds_are_exported(config: InternImageConfig, tmp_path: Path) -> None:
+def test_the_other_kinds_are_exported_with_weights_of_any_size(
+    config: InternImageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = randomised(config)
+    if config is FLASH:
+        monkeypatch.setattr(export_onnx, "LARGEST_BYTES", 1000)
     options = ExportOptions(features=True, opset=20)
     differences = export(exportable(model), tmp_path / "out", "onnx", options)
     assert max(differences.values()) <= 1e-4
     assert_runs_as(tmp_path / "out", model, 1, 3, 96, 64)
+    assert (tmp_path / "out" / "model.onnx.data").is_file() == (config is FLASH)
+    export(exportable(model), tmp_path / "out", "groundwork")  # an export of ours is replaced
+    assert not (tmp_path / "out" / "model.onnx").exists()
 
 
 @pytest.mark.slow
