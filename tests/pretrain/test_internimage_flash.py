@@ -161,8 +161,10 @@ def test_a_new_block_is_the_identity() -> None:
     assert layer(torch.randn(1, 3, 3, 8)).unique().tolist() == [0.0]
 
 
-@pytest.mark.parametrize("norm", ["pre_norm", "post_norm", "res_post_norm"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("norm", "backend"),
+    [("pre_norm", "auto"), ("post_norm", "reference"), ("res_post_norm", "auto")],
+)
 def test_a_small_model_learns_two_images_by_heart(norm: Any, backend: str) -> None:
     torch.manual_seed(0)
     config = replace(TINY, norm=norm, num_classes=2, dw_kernel_size=3, kernel_backend=backend)
