@@ -323,6 +323,7 @@ def _evaluate(
         with averaged(engine, ema, replica) as model:
             return evaluate_split(model, task, split, reading, engine.world, engine.to_device)
     finally:
+        engine.settle()
         engine.model.train()
 
 

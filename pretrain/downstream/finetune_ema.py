@@ -25,9 +25,7 @@ def make_ema(engine: Engine, config: EmaConfig) -> Ema:
     if engine.kind == "deepspeed":
         return ema_of_engine(engine.model, config)
     if engine.kind == "fsdp":
-        return Ema(
-            lambda: _local_parts(engine.module), lambda: saved_buffers(engine.module), config
-        )
+        return Ema(lambda: _local_parts(engine), lambda: saved_buffers(engine.module), config)
     return ema_of_module(engine.module, config)
 
 
@@ -44,7 +42,7 @@ def averaged(
         with ema.applied_to(engine.module):
             yield engine.model
     elif engine.kind == "fsdp":
-        with _local_values(engine.module, ema):
+        with _local_values(engine, ema):
             yield engine.model
     else:
         module = replica().to(engine.world.device).eval()
@@ -67,8 +65,8 @@ def averaged(
 def whole_average(engine: Engine, ema: Ema, *, keep: bool) -> dict[str, Tensor]:
     """The averages by name, float32 on the host. Collective; empty where not `keep`."""
     if engine.kind == "fsdp":
-        with _local_values(engine.module, ema):
-            named = {**dict(engine.module.named_parameters()), **saved_buffers(engine.module)}
+        with _local_values(engine, ema):
+            named = {**engine.parameters, **saved_buffers(engine.module)}
             wanted = [*ema.shadow, *ema.shadow_buffers]
             found = ((name, whole(named[name].detach())) for name in wanted)
             return {name: value.cpu().clone() for name, value in found if keep}
@@ -156,10 +154,10 @@ def _assembled(part: Part | None, shape: tuple[int, ...], engine: Engine) -> Ten
     return flat.view(shape)
 
 
-def _local_parts(module: nn.Module) -> dict[str, Part]:
+def _local_parts(engine: Engine) -> dict[str, Part]:
     return {
         name: Part(0, _local(parameter).reshape(-1), tuple(_local(parameter).shape))
-        for name, parameter in module.named_parameters()
+        for name, parameter in engine.parameters.items()
         if parameter.requires_grad
     }
 
@@ -170,10 +168,11 @@ def _local(parameter: Any) -> Tensor:
 
 
 @contextmanager
-def _local_values(module: nn.Module, ema: Ema) -> Iterator[None]:
+def _local_values(engine: Engine, ema: Ema) -> Iterator[None]:
     """Within, the parts of an FSDP module are those of the average."""
-    targets = {n: _local(p) for n, p in module.named_parameters() if n in ema.shadow}
-    targets |= saved_buffers(module)
+    engine.settle()
+    targets = {n: _local(p) for n, p in engine.parameters.items() if n in ema.shadow}
+    targets |= saved_buffers(engine.module)
     values = {name: part.values.view(part.shape) for name, part in ema.shadow.items()}
     values |= ema.shadow_buffers
     kept = {name: target.clone() for name, target in targets.items()}
@@ -183,5 +182,6 @@ def _local_values(module: nn.Module, ema: Ema) -> Iterator[None]:
         try:
             yield
         finally:
+            engine.settle()
             for name, target in targets.items():
                 target.copy_(kept[name])

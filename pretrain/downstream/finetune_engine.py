@@ -247,6 +247,13 @@ class Engine:
             average_over_ranks({name: shadows[name] for name in own if name in shadows})
         average_over_ranks(own)
 
+    def settle(self) -> None:
+        """Part again what FSDP leaves whole after a forward pass that no backward pass follows."""
+        if self.kind == "fsdp":
+            for module in self.module.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()
+
     def to_device(self, data: Any) -> Any:
         """Tensors of a batch on this rank's device; lists and plain values as they are."""
         if isinstance(data, Tensor):
