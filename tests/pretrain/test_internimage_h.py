@@ -101,6 +101,7 @@ def recipe(shards: Path, model: InternImageConfig, size: int, deepspeed: dict[st
                 "gradient_clipping": 5.0,
             },
             "optimizer": {"lr": 1e-5, "weight_decay": 0.05, "layer_decay": 0.9},
+            "schedule": {"min_lr": 1e-5},
             "monitor": {"log_every": 1, "tensorboard": False},
             "checkpoint": {"every_steps": 1000, "keep": 1},
             "deepspeed": {"zero_optimization": FRUGAL, **deepspeed},
