@@ -48,7 +48,7 @@ STATES = {
     "float32": States(12, 21.5, {}),
     "bf16": States(
         6,
-        13.0,
+        14.5,
         {
             "bf16": {
                 "enabled": True,
