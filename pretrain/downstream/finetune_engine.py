@@ -251,8 +251,9 @@ class Engine:
         """Part again what FSDP leaves whole after a forward pass that no backward pass follows."""
         if self.kind == "fsdp":
             for module in self.module.modules():
-                if hasattr(module, "reshard"):
-                    module.reshard()
+                reshard: Any = getattr(module, "reshard", None)
+                if reshard is not None:
+                    reshard()
 
     def to_device(self, data: Any) -> Any:
         """Tensors of a batch on this rank's device; lists and plain values as they are."""

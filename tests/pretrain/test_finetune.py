@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from groundwork.data.stream import BadDataError, UnreadableDataError
+from groundwork.pretrain.downstream.classification import ClassificationTask
 from groundwork.pretrain.downstream.finetune import (
     TASKS,
     build_task,
@@ -367,8 +368,8 @@ def test_parameter_groups_are_the_official_ones(
     config = replace(
         recipe.optimizer, weight_decay=0.05, layer_decay=decay, lr_multipliers=dcn if decay else {}
     )
-    backbone = InternImageConfig.variant(variant)  # type: ignore[arg-type]
-    task_config = replace(recipe.task, num_classes=1000)
+    backbone = InternImageConfig.variant(variant)
+    task_config = ClassificationTask(num_classes=1000)
     with torch.device("meta"):
         task = TASKS["classification"](task_config, backbone, None)
     names = {id(p): n.removeprefix("backbone.") for n, p in task.model.named_parameters()}
@@ -408,7 +409,7 @@ def test_recipes_with_weights_name_a_head_rule_that_fits(name: str) -> None:
 def test_recipes_are_of_the_published_models(name: str, variant: str) -> None:
     recipe = load_finetune_recipe(name)
     own = replace(recipe.backbone, drop_path=0.0, activation_checkpointing=False)
-    published = InternImageConfig.variant(variant)  # type: ignore[arg-type]
+    published = InternImageConfig.variant(variant)
     assert own == replace(published, drop_path=0.0)
     assert recipe.optimizer.lr_for_batch == recipe.train.global_batch == 512
     epochs = recipe.train.steps * 512 / (437_513 if "inat" in name else 1_281_167)
