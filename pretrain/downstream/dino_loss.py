@@ -83,8 +83,12 @@ def match(found: Detections, objects: Sequence[Objects]) -> list[list[tuple[Tens
 
     -> [layer][picture]: (queries, objects), int64, as many as there are of the fewer.
     """
-    from scipy.optimize import linear_sum_assignment
-
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError(
+            "the matching of DINO needs scipy: pip install 'groundwork-pretrain[annotations]'"
+        ) from error
     layers, _, queries, _ = found.logits.shape
     costs = [
         matching_cost(found.logits[:, b], found.boxes[:, b], one) for b, one in enumerate(objects)
