@@ -3,6 +3,7 @@
 Two ranks run all cases in one process group; this file is also their program.
 """
 
+import gc
 import os
 import socket
 import subprocess
@@ -38,8 +39,8 @@ CONFIGS = {
     ),
     "flash": replace(T_LIKE, core="dcnv4"),
 }
-#: Its largest tensor has 1/28 of all parameters.
-DEEP = replace(T_LIKE, channels=32, groups=(2, 4, 8, 16), depths=(2, 2, 6, 2))
+#: Its largest tensor has 1/23 of all parameters.
+DEEP = replace(T_LIKE, channels=32, groups=(2, 4, 8, 16), depths=(2, 2, 24, 2))
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -95,13 +96,11 @@ def test_an_official_checkpoint_is_read_into_partitions(runs: Path, precision: s
 
 
 def test_no_rank_ever_holds_all_weights(runs: Path) -> None:
-    """But its half, and around it a few of the largest layer: draws, gathered copies."""
+    """But its half, and beside that a few of the largest tensor: draws, casts, gathered copies."""
     peaks = torch.load(runs / "peaks.pt")
     sizes = [4 * p.numel() for p in plain(DEEP).parameters()]
-    largest = 4 * sum(p.numel() for p in plain(DEEP).levels[3].blocks[0].mlp.fc1.parameters())
     assert peaks["plain"] >= sum(sizes)  # the measure counts what there is
-    assert peaks["partitioned"] <= sum(sizes) / 2 + 4 * largest
-    assert peaks["partitioned"] <= 0.7 * peaks["plain"]
+    assert peaks["partitioned"] <= sum(sizes) / 2 + 4 * max(sizes)
 
 
 def official(config: InternImageConfig) -> dict[str, Tensor]:
@@ -167,6 +166,7 @@ def gathered(model: InternImage) -> dict[str, Tensor]:
 
 def peak_bytes(make: Any) -> int:
     """Of the tensors that lived at once during a call, by the allocator's own account."""
+    gc.collect()  # what is freed within would count as less than nothing
     with torch.profiler.profile(profile_memory=True) as profile:
         kept = make()
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
