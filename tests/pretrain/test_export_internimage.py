@@ -330,14 +330,14 @@ def test_a_new_model_starts_as_ours_does() -> None:
     torch.manual_seed(0)
     model = InternImageModel(huggingface_config(exportable(config)))
     block = model.levels[3].blocks[0]  # type: ignore[index, union-attr]
-    assert float(block.mlp.fc1.weight.std()) == pytest.approx(0.02, rel=0.05)  # type: ignore
+    assert block.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)  # type: ignore
     assert block.gamma1.unique().tolist() == [0.5]  # type: ignore[union-attr, operator]
     for name, parameter in model.named_parameters():
         if ".dcn.offset." in name or ".dcn.mask." in name:
             assert parameter.count_nonzero() == 0, name
     xavier = (6 / (2 * 256)) ** 0.5
     weight = block.dcn.output_proj.weight  # type: ignore[union-attr]
-    assert float(weight.abs().max()) == pytest.approx(xavier, rel=0.01)  # type: ignore
+    assert weight.abs().max().item() == pytest.approx(xavier, rel=0.01)  # type: ignore
     reference = InternImage(config)
     for name, parameter in reference.named_parameters():
         spread = dict(model.named_parameters())[name].std()
