@@ -182,7 +182,7 @@ def _validate(
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits
         raise RecipeError(f"{source}: a value is too large for a recipe: {error}") from error
     try:
-        return _adapter(cls).validate_json(text, strict=True)
+        return _adapter(cls).validate_json(text, strict=True)  # type: ignore[arg-type]
     except ValidationError as error:
         problems = [_explain(cls, problem, source, places) for problem in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(problems))) from error
