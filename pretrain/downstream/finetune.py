@@ -313,7 +313,6 @@ def _evaluate(
     def replica() -> nn.Module:
         return build_task(recipe, train).model
 
-    engine.level(ema)
     engine.model.eval()
     try:
         if ema is None or not recipe.evaluation.ema:

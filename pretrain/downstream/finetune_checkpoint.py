@@ -90,7 +90,6 @@ def save_finetuned(
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir(parents=True)
     dist.barrier()
-    engine.level(ema)
     weights = whole_weights(engine, keep=world.is_main)
     if world.is_main:
         save_file(_separate(weights), working / MODEL)

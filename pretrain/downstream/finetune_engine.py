@@ -20,7 +20,6 @@ from groundwork.pretrain.downstream.finetune_recipe import FinetuneRecipe, Finet
 from groundwork.pretrain.downstream.task import Task
 from groundwork.pretrain.engine.batch_statistics import average_over_ranks, batch_statistics
 from groundwork.pretrain.engine.deepspeed_config import World, prepare_environment
-from groundwork.pretrain.engine.ema import Ema
 from groundwork.pretrain.engine.masters import set_masters
 from groundwork.pretrain.engine.optimizer import build_optimizer, set_lr
 from groundwork.pretrain.recipe_yaml import RecipeError
@@ -236,16 +235,13 @@ class Engine:
             self.optimizer.zero_grad()
         return output, norm
 
-    def level(self, ema: Ema | None) -> None:
+    def level(self) -> None:
         """Make BatchNorm's statistics, which each rank gathers for itself, their mean over ranks.
 
-        For evaluation and checkpoints; training does not read them. Collective.
+        After every step: were it done for checkpoints and evaluations only, its rounding would
+        depend on when these are. Training does not read the statistics. Collective.
         """
-        own = batch_statistics(self.module)
-        if ema is not None:
-            shadows = ema.shadow_buffers
-            average_over_ranks({name: shadows[name] for name in own if name in shadows})
-        average_over_ranks(own)
+        average_over_ranks(batch_statistics(self.module))
 
     def settle(self) -> None:
         """Part again what FSDP leaves whole after a forward pass that no backward pass follows."""

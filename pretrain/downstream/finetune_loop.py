@@ -145,6 +145,7 @@ def finetune_steps(
             for name, value in output.items():
                 part = value.detach().float() / plan.accumulation
                 losses[name] = losses[name] + part if name in losses else part
+        engine.level()
         if ema is not None:
             ema.update()
         done += 1
