@@ -52,6 +52,9 @@ class TrainConfig:
     partitioned_init: with zero_stage 3, build the model in parts, so that no rank ever holds all
     its weights; the masters of bf16 then start from values rounded to bf16. null: for models of
     more than 500 million parameters.
+    float32_matmul: how products of float32 matrices may be computed, as torch's
+    `set_float32_matmul_precision` has it: `high` is TF32 on a GPU, `medium` bf16 on a CPU that has
+    instructions for it.
     """
 
     steps: int
@@ -62,6 +65,7 @@ class TrainConfig:
     gradient_clipping: float = 0.0
     zero_stage: Literal[0, 1, 2, 3] = 3
     partitioned_init: bool | None = None
+    float32_matmul: Literal["highest", "high", "medium"] = "highest"
 
     def __post_init__(self) -> None:
         if self.partitioned_init and self.zero_stage != 3:

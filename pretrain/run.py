@@ -153,6 +153,7 @@ def _pretrain(
     plan: BatchPlan,
     settings: dict[str, Any],
 ) -> int:
+    torch.set_float32_matmul_precision(recipe.train.float32_matmul)
     # once more, as another job may have held the folder until now
     checkpoint = _resumable(recipe, out, data)
     is_new = checkpoint is None

@@ -33,6 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from groundwork.pretrain.engine.throughput import device_peak
 from groundwork.pretrain.models.flops import internimage_macs
 from groundwork.pretrain.models.internimage import InternImage
 from groundwork.pretrain.models.internimage_config import InternImageConfig
@@ -46,15 +47,6 @@ TIMM: Final[Mapping[str, tuple[str, str]]] = {
     "b": ("convnext_base", "swin_base_patch4_window7_224"),
 }
 PRECISIONS: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-#: Dense FLOP/s of data sheets, by a part of the device's name. float32 is TF32.
-PEAKS: Final[Mapping[str, Mapping[str, float]]] = {
-    "H100 PCIe": {"bfloat16": 756e12, "float32": 378e12},
-    "H100 NVL": {"bfloat16": 835e12, "float32": 417e12},
-    "H100": {"bfloat16": 989e12, "float32": 494e12},
-    "H200": {"bfloat16": 989e12, "float32": 494e12},
-    "A100": {"bfloat16": 312e12, "float32": 156e12},
-    "L40S": {"bfloat16": 362e12, "float32": 183e12},
-}
 
 
 @dataclass(frozen=True)
@@ -275,10 +267,11 @@ def peaks_of(device: str, precision: str, clock: str) -> dict[str, float]:
     """Kind -> FLOP/s: measured, and of the data sheet where the device is known."""
     peaks = {"measured matmul": measured_peak(device, precision, clock)}
     if device == "cuda":
-        name = torch.cuda.get_device_name()
-        sheet = next((peaks for part, peaks in PEAKS.items() if part in name), None)
+        sheet = device_peak(
+            torch.device(device), {"float32": "fp32", "bfloat16": "bf16"}[precision]
+        )
         if sheet is not None:
-            peaks["data sheet"] = sheet[precision]
+            peaks["data sheet"] = sheet
     return peaks
 
 
@@ -294,6 +287,11 @@ def main() -> None:
     parser.add_argument("--precision", choices=list(PRECISIONS), help="only this one")
     parser.add_argument("--only", nargs="*", default=[], help="peers whose names contain this")
     parser.add_argument("--drop-path", type=float, help="of all networks; that of the variant")
+    parser.add_argument(
+        "--float32-matmul",
+        choices=("highest", "high", "medium"),
+        help="of all networks, as train.float32_matmul; highest on a CPU, high on a GPU",
+    )
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="on the CPU")
     parser.add_argument("--cpu", action="store_true", help="measure the CPU, also beside a GPU")
     arguments = parser.parse_args()
@@ -302,7 +300,8 @@ def main() -> None:
         if device == "cuda":
             raise SystemExit("--clock cpu does not time a GPU; add --cpu, or leave it out")
         torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
+    products = arguments.float32_matmul or ("high" if device == "cuda" else "highest")
+    torch.set_float32_matmul_precision(products)
     torch.backends.cudnn.allow_tf32 = True
     console = Console(width=150)
     where = (
@@ -335,6 +334,7 @@ def main() -> None:
                 result = {
                     "device": where,
                     "threads": torch.get_num_threads(),
+                    "float32_matmul": products,
                     "torch": torch.__version__,
                     "commit": commit(),
                     "results": records,
