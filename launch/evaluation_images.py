@@ -1,4 +1,4 @@
-"""`groundwork evaluate classification`, `linear-probe` and `knn`."""
+"""`groundwork evaluate classification`, `task`, `linear-probe` and `knn`."""
 
 import json
 from collections.abc import Callable
@@ -36,6 +36,7 @@ Out = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
 def register(app: typer.Typer) -> None:
     """Add the commands to `groundwork evaluate`."""
     app.command("classification")(classification)
+    app.command("task")(task)
     app.command("linear-probe")(probe)
     app.command("knn")(knn)
 
@@ -72,6 +73,37 @@ def classification(
         result = classify_split(model, dataset, image, reading)
         found = {"checkpoint": model.source, "shards": where, "split": split}
         return {**found, "size": image.size, **result}
+
+    raise typer.Exit(reporting(lambda: _report(run, out)))
+
+
+def task(
+    checkpoint: Annotated[
+        Path, typer.Option(help="A fine-tuned run, one of its checkpoints; or see --recipe.")
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="The checkpoint is an official detector's file, of this recipe's model."),
+    ] = None,
+    shards: Shards = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split that is scored; by default the recipe's.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 1,
+    workers: Workers = 2,
+    bad_sample_budget: Budget = 0.001,
+    ema: Ema = True,
+    out: Out = None,
+) -> None:
+    """The metrics of a fine-tuned task: top-1, COCO's AP, mIoU."""
+
+    def run() -> dict[str, Any]:
+        from groundwork.pretrain.downstream.finetune_evaluation import SplitReading
+        from groundwork.pretrain.downstream.task_evaluation import evaluate_task, load_task
+
+        trained = load_task(checkpoint, recipe=recipe, shards=shards, split=split, ema=ema)
+        reading = SplitReading(batch, workers, budget=bad_sample_budget)
+        return {"checkpoint": trained.source, **evaluate_task(trained, reading)}
 
     raise typer.Exit(reporting(lambda: _report(run, out)))
 

@@ -252,16 +252,8 @@ class Engine:
                     reshard()
 
     def to_device(self, data: Any) -> Any:
-        """Tensors of a batch on this rank's device; lists and plain values as they are."""
-        if isinstance(data, Tensor):
-            return data.to(self.world.device, non_blocking=True)
-        if isinstance(data, Mapping):
-            return {key: self.to_device(value) for key, value in data.items()}
-        if isinstance(data, tuple) and hasattr(data, "_fields"):
-            return type(data)(*map(self.to_device, data))
-        if isinstance(data, list | tuple):
-            return type(data)(map(self.to_device, data))
-        return data
+        """`moved` to this rank's device."""
+        return moved(data, self.world.device)
 
 
 def whole(tensor: Any) -> Any:
@@ -280,3 +272,16 @@ def _exempt_from_decay(task: Task) -> None:
     own = getattr(model, "no_weight_decay", None)
     names = task.no_weight_decay() | frozenset(own() if callable(own) else ())
     model.no_weight_decay = lambda: names  # type: ignore[assignment]
+
+
+def moved(data: Any, device: torch.device) -> Any:
+    """Tensors of a batch on a device; lists and plain values as they are."""
+    if isinstance(data, Tensor):
+        return data.to(device, non_blocking=True)
+    if isinstance(data, Mapping):
+        return {key: moved(value, device) for key, value in data.items()}
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(moved(value, device) for value in data))
+    if isinstance(data, list | tuple):
+        return type(data)(moved(value, device) for value in data)
+    return data

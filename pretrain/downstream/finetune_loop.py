@@ -180,7 +180,8 @@ def finetune_steps(
             result = loop.evaluate()
             # the best is kept, so it must be there
             saves |= evaluations.add(done, result)
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
+            # what is of a single class is in the file of evaluations
+            shown = "  ".join(f"{k} {value:.4g}" for k, value in result.items() if "/" not in k)
             monitor.say(f"step {done}: {shown}")
             since_log += time.monotonic() - paused
         if saves or done == loop.steps:
