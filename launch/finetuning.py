@@ -1,56 +1,26 @@
-"""Start a fine-tuning job: as one rank of it, or as the parent of its ranks."""
+"""`groundwork finetune`: one rank of the job."""
 
 import os
 import shlex
 import sys
 from pathlib import Path
 
-import typer
-
-from groundwork.launch.errors import reporting
-from groundwork.launch.pretraining import (
-    LONGEST_TIMEOUT,
-    note_signals,
-    quieten,
+from groundwork.launch.terminal import foreground
+from groundwork.launch.training_job import (
+    Job,
+    say_how_it_ended,
     start_command,
+    start_job,
     stopped_early,
 )
-from groundwork.launch.ranks import run_ranks
-from groundwork.launch.terminal import foreground
 
 
 def start(recipe: str, out: str, overrides: list[str], ranks: int, timeout_s: float) -> int:
-    """Run a recipe. Returns the exit status: 0 also after a polite stop, which is resumable."""
-    if ranks < 1:
-        raise typer.BadParameter(
-            f"{ranks} processes cannot train; give 1 or more", param_hint="--ranks"
-        )
-    if not 1 <= timeout_s <= LONGEST_TIMEOUT:
-        raise typer.BadParameter(
-            f"{timeout_s:g} is not between 1 and {LONGEST_TIMEOUT:,} seconds",
-            param_hint="--timeout",
-        )
-    early = note_signals()
-    if ranks > 1 and "RANK" not in os.environ:
-        arguments = ["finetune", recipe, "--out", out]
-        for override in overrides:
-            arguments += ["--set", override]
-        return run_ranks([*arguments, "--timeout", str(timeout_s)], ranks, early)
-    rank = int(os.environ.get("RANK", "0"))
-    return reporting(lambda: _run_rank(recipe, out, overrides, rank, timeout_s, early), rank=rank)
+    """Run a recipe. Returns the exit status, see `start_job`."""
+    return start_job(Job("finetune", recipe, Path(out), overrides, timeout_s), ranks, _run_rank)
 
 
-def _run_rank(
-    recipe_name: str,
-    out: str,
-    overrides: list[str],
-    rank: int,
-    timeout_s: float,
-    early: list[int],
-) -> int:
-    quieten()
-    if early and (status := stopped_early()) is not None:
-        return status
+def _run_rank(job: Job, rank: int, early: list[int]) -> int:
     from groundwork.pretrain.engine.deepspeed_config import prepare_environment
 
     prepare_environment()
@@ -65,23 +35,16 @@ def _run_rank(
 
     stop = StopRequest()
     stop.requested = stop.requested or bool(early)
-    recipe = load_finetune_recipe(recipe_name, overrides)
+    recipe = load_finetune_recipe(job.recipe, job.overrides)
     plan = finetune_plan(recipe, int(os.environ.get("WORLD_SIZE", "1")), rank)
-    data = check_finetune_inputs(recipe, Path(out))
+    data = check_finetune_inputs(recipe, job.out)
     if stop.requested and (status := stopped_early()) is not None:
         return status
-    accelerator, world = start_accelerator(recipe.train, plan, timeout_s)
+    accelerator, world = start_accelerator(recipe.train, plan, job.timeout_s)
     with foreground(enabled=world.is_main):
-        done = finetune(recipe, Path(out), accelerator, world, stop, data)
+        done = finetune(recipe, job.out, accelerator, world, stop, data)
     if world.is_main:
-        if done < recipe.train.steps:
-            print(
-                f"\nstopped after step {done} of {recipe.train.steps}; to go on, run\n"
-                f"  {_command(world.size)}",
-                flush=True,
-            )
-        else:
-            print(f"\ndone: {done} steps, checkpoints in {out}/checkpoints", flush=True)
+        say_how_it_ended(done, recipe.train.steps, job.out, _command(world.size))
     return 0
 
 
