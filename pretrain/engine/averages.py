@@ -37,16 +37,11 @@ class Averages:
         """An optimiser step has been made. done: steps so far, this one included."""
         if self.teacher is not None:
             self.teacher.update(self._engine.module.momentum(done - 1, self._total_steps))
+        # what each rank gathers for itself; after every step, as the moment of a save must not
+        # decide what a run comes to
+        average_over_ranks(batch_statistics(self._engine.module))
         if self.ema is not None:
             self.ema.update()
-
-    def level(self) -> None:
-        """Make what each rank gathers for itself, BatchNorm's statistics, the same on all."""
-        own = batch_statistics(self._engine.module)
-        if self.ema is not None:
-            averaged = self.ema.shadow_buffers
-            average_over_ranks({name: averaged[name] for name in own if name in averaged})
-        average_over_ranks(own)
 
     @property
     def has_state(self) -> bool:

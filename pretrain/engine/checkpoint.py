@@ -83,12 +83,7 @@ def save_checkpoint(
     keep: int,
     averages: Averages | None = None,
 ) -> Path:
-    """Write a checkpoint of `engine`. Collective; returns its folder when it is complete.
-
-    BatchNorm's statistics are averaged over the ranks first, so that all ranks save the same.
-    """
-    if averages is not None:
-        averages.level()
+    """Write a checkpoint of `engine`. Collective; returns its folder when it is complete."""
     folder = out / FOLDER
     name = f"step-{state.step:08d}"
     working = folder / f".{name}.partial"

@@ -1,14 +1,13 @@
 """What InternImage (arXiv 2211.05778, section 3.2) is stacked from; official parameter names."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from groundwork.kernels.fused_layers import in_functorch, is_eager
 from groundwork.kernels.residual_norm import residual_norm
 from groundwork.pretrain.models.dcnv3_module import (
     LAYER_NORM_EPS,
@@ -136,35 +135,23 @@ class Block(nn.Module):
         x = self._add_branch(x, self.dcn, self.norm1, self.gamma1, outer1)
         return self._add_branch(x, self.mlp, self.norm2, self.gamma2, outer2)
 
-    def _add_branch(self, x: Tensor, *branch: Any) -> Tensor:
-        """x + DP(branch of x); branch: see `_sum`.
-
-        A dropped sample's branch has no effect and no gradient: on the CPU it is not computed. On a
-        GPU the host would have to wait to know which those are. Where all are dropped the branch
-        runs nevertheless, as ZeRO-3 has other ranks gather its parameters.
-        """
-        if not self.training or self.drop_path.drop_prob == 0:
-            return self._sum(x, None, *branch)
-        keep = self.drop_path(x.new_ones(len(x), 1)).flatten()  # (B,), 0 or 1 / (1 - p)
-        is_plain = self.backend == "reference" or not is_eager(x) or in_functorch()
-        if x.device.type == "cpu" and not is_plain:
-            kept = keep.nonzero().flatten()
-            if 0 < len(kept) < len(x):
-                some = self._sum(x.index_select(0, kept), keep[kept], *branch)
-                return x.to(some.dtype).index_copy(0, kept, some)
-        return self._sum(x, keep, *branch)
-
-    def _sum(
+    def _add_branch(
         self,
         x: Tensor,
-        keep: Tensor | None,
         function: nn.Module,
         norm: nn.Sequential,
         gamma: Tensor | None,
         outer_norm: nn.Sequential | None,
     ) -> Tensor:
-        """x + keep · the branch; keep: (B,), None for 1. With post_norm and gamma it is one op,
-        without gamma that is not faster."""
+        """x + DP(branch of x). With post_norm and gamma it is one op, without gamma that is not
+        faster.
+
+        The branches of dropped samples are computed, too: what a rank has drawn must not decide
+        what it computes, as ZeRO-3 gathers parameters in the order of the computation.
+        """
+        keep = None
+        if self.training and self.drop_path.drop_prob > 0:
+            keep = self.drop_path(x.new_ones(len(x), 1)).flatten()  # (B,), 0 or 1 / (1 - p)
         if self.norm_scheme == "post_norm":
             y = function(x)
             if gamma is not None:

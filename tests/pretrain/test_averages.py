@@ -262,6 +262,9 @@ def run_case(case: tuple[int, str, int], folder: Path, world: World) -> None:
             }
         for step in range(first, STEPS):
             one_step(engine, step, world)
+            if not first:
+                buffers = {k: b.clone() for k, b in engine.module.named_buffers()}
+                torch.save(buffers, out / f"buffers-{world.rank}.pt")
             averages.after_step(step + 1)
             if not first:
                 decay = min(EMA.decay, (2 + step) / (11 + step))
@@ -276,8 +279,6 @@ def run_case(case: tuple[int, str, int], folder: Path, world: World) -> None:
                         torch.save(oracle, out / f"oracle-{step + 1}.pt")
                     teacher_now = whole(engine, "teacher")
                     torch.save(teacher_now, out / f"teacher-{step + 1}-{world.rank}.pt")
-                    buffers = {k: b.clone() for k, b in engine.module.named_buffers()}
-                    torch.save(buffers, out / f"buffers-{world.rank}.pt")
                 state = RunState(step + 1, 0, world.size, {}, "", "", "", 0)
                 save_checkpoint(engine, out, state, world, 9, averages)
 

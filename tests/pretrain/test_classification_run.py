@@ -42,6 +42,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     job = start_job(*arguments(tiny_shards, torn), launcher="groundwork")
     assert job.wait() == 0, job.text()
     assert "resuming from" in job.text()
+    # the ranks may have saved once more when their launcher was gone
     ends = [require_checkpoint(out) for out in (whole, torn)]
     assert state_digest(ends[0]) == state_digest(ends[1])
     averages = [full_weights(end, ema=True) for end in ends]
@@ -56,3 +57,14 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     assert statistics.abs().max() > 0
     with torch.no_grad():
         assert trained.model(torch.zeros(2, 3, 32, 32)).shape == (2, 6)
+
+
+def test_ranks_that_drop_other_samples_stay_in_step(
+    tiny_shards: Path, tmp_path: Path, start_job: Callable[..., Any]
+) -> None:
+    """The blocks of S to XL, recomputed in the backward pass, with half of all branches dropped."""
+    settings = ["model.norm=post_norm", "model.layer_scale=0.1", "model.drop_path=0.5"]
+    settings += ["model.drop_path_schedule=uniform", "train.precision=bf16"]
+    given = [part for setting in settings for part in ("--set", setting)]
+    job = start_job(*arguments(tiny_shards, tmp_path / "run"), *given, launcher="groundwork")
+    assert job.wait() == 0, job.text()

@@ -34,7 +34,7 @@ train: {{steps: {steps}, global_batch: 16, micro_batch: 4, precision: fp32, grad
 optimizer: {{lr: 3.0e-3, weight_decay: 0.05}}
 ema: {{decay: 0.8}}
 evaluation: {{every_steps: 10, batch: 5}}
-checkpoint: {{every_steps: 6}}
+checkpoint: {{every_steps: 6, keep: 9}}
 monitor: {{log_every: 1, tensorboard: false}}
 """
 ACCELERATE = """
