@@ -1,9 +1,11 @@
 """What an InternImage is: its sizes (arXiv 2211.05778, table 1; 2401.06197) and its options."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
+from groundwork.kernels.dcnv3 import BACKENDS
 from groundwork.pretrain.models.internimage_arguments import official_fields
 from groundwork.pretrain.models.internimage_blocks import Norm
 
@@ -64,6 +66,7 @@ class InternImageConfig:
     kernel_backend: str = "auto"
 
     def __post_init__(self) -> None:
+        self._check_choices()
         if len(self.depths) != 4 or len(self.groups) != 4:
             raise ValueError(
                 f"InternImageConfig: depths has {len(self.depths)} stages, groups has "
@@ -95,7 +98,9 @@ class InternImageConfig:
                 "InternImageConfig: dw_kernel_size is None, and core is 'dcnv3', which takes its "
                 "offsets from a depthwise convolution; give its size, 3 in T to XL and 5 in H and G"
             )
-        if self.dw_kernel_size is not None and self.dw_kernel_size % 2 == 0:
+        if self.dw_kernel_size is not None and (
+            self.dw_kernel_size < 1 or self.dw_kernel_size % 2 == 0
+        ):
             raise ValueError(
                 f"InternImageConfig: dw_kernel_size is {self.dw_kernel_size}; an even one changes "
                 "the size of the image, give an odd one"
@@ -105,11 +110,18 @@ class InternImageConfig:
                 "InternImageConfig: dcn_output_bias is false, and core is 'dcnv3', which always "
                 "has this bias; set it to true, or core to dcnv4"
             )
-        if self.mlp_ratio <= 0 or self.cls_scale <= 0:
+        for name in ("offset_scale", "mlp_ratio", "cls_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"InternImageConfig: {name} is {getattr(self, name)}; it must be above 0"
+                )
+        if int(self.channels * self.mlp_ratio) < 1:
             raise ValueError(
-                f"InternImageConfig: mlp_ratio is {self.mlp_ratio}, cls_scale is {self.cls_scale}; "
-                "both must be above 0"
+                f"InternImageConfig: mlp_ratio is {self.mlp_ratio}, which leaves an MLP of "
+                f"{self.channels} channels no hidden one"
             )
+        if self.layer_scale is not None and not math.isfinite(self.layer_scale):
+            raise ValueError(f"InternImageConfig: layer_scale is {self.layer_scale}")
         if not 0 <= self.frozen_stages <= 4:
             raise ValueError(
                 f"InternImageConfig: frozen_stages is {self.frozen_stages}; give 0 (none) to 4"
@@ -120,8 +132,15 @@ class InternImageConfig:
                 f"InternImageConfig: level2_post_norm_block_ids names {outside}, the third stage "
                 f"has the blocks 0 to {self.depths[2] - 1}"
             )
+        blocks = self.level2_post_norm_block_ids
+        if len(set(blocks)) < len(blocks):
+            raise ValueError(
+                f"InternImageConfig: level2_post_norm_block_ids is {list(blocks)}; name each block "
+                "once"
+            )
+        sizes = (self.clip_embed_dim, self.clip_num_heads, self.clip_dim)
         if self.use_clip_projector and (
-            self.clip_embed_dim % self.clip_num_heads != 0 or self.clip_embed_dim < 1
+            min(sizes) < 1 or self.clip_embed_dim % self.clip_num_heads != 0
         ):
             raise ValueError(
                 f"InternImageConfig: clip_embed_dim {self.clip_embed_dim} is not a multiple of "
@@ -130,6 +149,21 @@ class InternImageConfig:
         for name, rate in (("drop_rate", self.drop_rate), ("drop_path", self.drop_path)):
             if not 0 <= rate < 1:
                 raise ValueError(f"InternImageConfig: {name} is {rate}; give 0 <= {name} < 1")
+
+    def _check_choices(self) -> None:
+        """A recipe's words are checked when it is read; those of a program here."""
+        for name, known in (
+            ("norm", get_args(Norm)),
+            ("core", get_args(Core)),
+            ("act", get_args(Activation)),
+            ("drop_path_schedule", get_args(DropPathSchedule)),
+            ("kernel_backend", ("auto", *BACKENDS)),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(
+                    f"InternImageConfig: {name} is {value!r}; choose from: {', '.join(known)}"
+                )
 
     @classmethod
     def variant(cls, name: str) -> "InternImageConfig":

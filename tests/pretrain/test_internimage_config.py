@@ -207,10 +207,31 @@ def test_the_activation_is_that_of_the_config_everywhere(act: Any, module: type)
         ({"dw_kernel_size": None}, "dw_kernel_size is None, and core is 'dcnv3'"),
         ({"dcn_output_bias": False}, "dcn_output_bias is false, and core is 'dcnv3'"),
         ({"frozen_stages": 5}, r"frozen_stages is 5; give 0 \(none\) to 4"),
-        ({"cls_scale": 0.0}, "both must be above 0"),
-        ({"mlp_ratio": -1.0}, "both must be above 0"),
+        ({"cls_scale": 0.0}, "it must be above 0"),
+        ({"mlp_ratio": -1.0}, "it must be above 0"),
     ],
 )
 def test_a_wrong_option_is_named_with_its_remedy(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         InternImageConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm": "post-norm"}, "norm is 'post-norm'; choose from: pre_norm"),
+        ({"core": "DCNv4"}, "core is 'DCNv4'; choose from: dcnv3, dcnv4"),
+        ({"act": "swish"}, "act is 'swish'; choose from: gelu"),
+        ({"drop_path_schedule": "cos"}, "drop_path_schedule is 'cos'"),
+        ({"kernel_backend": "cuda2"}, "kernel_backend is 'cuda2'; choose from: auto, cuda"),
+        ({"offset_scale": 0.0}, "offset_scale is 0.0; it must be above 0"),
+        ({"mlp_ratio": 1e-9}, "leaves an MLP of 64 channels no hidden one"),
+        ({"layer_scale": float("nan")}, "layer_scale is nan"),
+        ({"dw_kernel_size": -1}, "dw_kernel_size is -1"),
+        ({"level2_post_norm_block_ids": (1, 1)}, "name each block once"),
+        ({"use_clip_projector": True, "clip_num_heads": 0}, "clip_num_heads 0"),
+    ],
+)
+def test_what_no_model_can_be_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InternImageConfig(**settings)
