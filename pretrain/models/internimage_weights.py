@@ -8,7 +8,7 @@ users many a training from scratch.
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,11 @@ def load_weights(
 
     Works on parameters that `deepspeed.zero.Init` has partitioned, where all ranks must call it.
     """
+    if head not in get_args(HeadRule):
+        raise ValueError(f"head is {head!r}; choose from: {', '.join(get_args(HeadRule))}")
     state, dropped = official_names(checkpoint)
+    is_meta = all(parameter.is_meta for parameter in model.parameters())
+    _require_numbers(state, is_meta=is_meta)
     own = _shapes(model)
     if class_indices is not None:
         _select_classes(state, own, class_indices)
@@ -103,12 +107,20 @@ def official_names(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], li
     student, or the image tower and the classifier, of the joint pre-training.
     """
     values: Any = checkpoint
+    if not isinstance(values, Mapping):
+        raise OfficialWeightsError(
+            f"not a state dict but a {type(values).__name__}; expected parameter names and tensors"
+        )
     while True:
         inner = [k for k in CONTAINERS if isinstance(values.get(k), Mapping)]
         if not inner:
             break
         values = values[inner[0]]
-    strange = [str(name) for name, value in values.items() if not isinstance(value, Tensor)]
+    strange = [
+        str(name)
+        for name, value in values.items()
+        if not isinstance(value, Tensor) or not isinstance(name, str)
+    ]
     if strange or not values:
         raise OfficialWeightsError(
             f"not a state dict: {listed(strange) or 'it'} holds no tensors; expected one alone or "
@@ -126,6 +138,22 @@ def official_names(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], li
         else:
             ours[new] = value
     return ours, dropped
+
+
+def _require_numbers(state: Mapping[str, Tensor], *, is_meta: bool) -> None:
+    """Weights are dense and real, and there unless the model's are not (is_meta)."""
+    wrong = [
+        f"{name} ({value.dtype}, {value.layout}, {value.device.type})"
+        for name, value in state.items()
+        if (value.is_meta and not is_meta)
+        or value.layout != torch.strided
+        or not (value.is_floating_point() or name.endswith("num_batches_tracked"))
+    ]
+    if wrong:
+        raise OfficialWeightsError(
+            f"{len(wrong)} tensors of the checkpoint are no weights: {listed(wrong)}; expected "
+            "dense tensors of floating-point numbers"
+        )
 
 
 def _prefix(names: Sequence[str]) -> str:
@@ -165,6 +193,11 @@ def _select_classes(
     if "head.weight" not in state or "head.weight" not in own:
         raise OfficialWeightsError(
             "class_indices choose rows of a head; the checkpoint or the model has none"
+        )
+    if "head.bias" not in state or not all(hasattr(i, "__index__") for i in class_indices):
+        raise OfficialWeightsError(
+            "class_indices choose rows of a head with a bias, each by an integer; "
+            "the checkpoint's head has none, or one of the indices is no integer"
         )
     rows, classes = len(state["head.weight"]), own["head.weight"][0]
     if len(class_indices) != classes:

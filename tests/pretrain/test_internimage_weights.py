@@ -278,10 +278,27 @@ def test_wrong_class_indices_are_named(indices: list[int], message: str) -> None
         model.load_official(state_of(replace(T_LIKE, num_classes=12)), class_indices=indices)
 
 
-@pytest.mark.parametrize("values", [{}, {"model": {}}, {"epoch": 3}, {"model": {"a": "b"}}])
-def test_what_holds_no_weights_is_refused(values: dict[str, Any]) -> None:
+@pytest.mark.parametrize("values", [{}, {"model": {}}, {"epoch": 3}, {"model": {"a": "b"}}, [1]])
+def test_what_holds_no_weights_is_refused(values: Any) -> None:
     with pytest.raises(OfficialWeightsError, match="not a state dict"):
         model_of(T_LIKE, seed=2).load_official(values)
+
+
+@pytest.mark.parametrize("kind", ["meta", "integer", "complex"])
+def test_what_is_no_weight_leaves_the_model_untouched(kind: str) -> None:
+    model, state = model_of(T_LIKE, seed=2), state_of(T_LIKE)
+    name = "levels.3.blocks.0.mlp.fc2.weight"
+    wrong = {"meta": state[name].to("meta"), "integer": state[name].long()}
+    state[name] = wrong.get(kind, state[name].to(torch.complex64))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(OfficialWeightsError, match=rf"no weights: {name}"):
+        model.load_official(state)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_rule_for_the_head_that_is_none_is_named() -> None:
+    with pytest.raises(ValueError, match="head is 'bogus'; choose from: same"):
+        model_of(T_LIKE, seed=2).load_official(state_of(T_LIKE), head="bogus")  # type: ignore[arg-type]
 
 
 # ---- files ----
