@@ -96,6 +96,21 @@ def finetune_plan(recipe: FinetuneRecipe, world_size: int, rank: int) -> BatchPl
     return plan
 
 
+def check_batch(recipe: FinetuneRecipe, task: Task, plan: BatchPlan) -> None:
+    """Raises RecipeError where a rank's forward pass has fewer samples than the task can train on.
+
+    A task says so by an attribute `least_batch`; statistics over all ranks need no more than one.
+    """
+    least = getattr(task, "least_batch", 1)
+    if plan.micro_batch < least and not (recipe.train.sync_batch_norm and plan.world_size > 1):
+        raise RecipeError(
+            f"train: {plan.micro_batch} samples per rank and forward pass; task.kind "
+            f"{recipe.task.kind!r} normalises over a batch and needs at least {least}: raise "
+            "train.micro_batch, or train.global_batch, or on several GPUs set "
+            "train.sync_batch_norm"
+        )
+
+
 def open_finetune_data(recipe: FinetuneRecipe) -> FinetuneSplits:
     """Open what the `data` section names; every missing or damaged file is found here."""
     data = recipe.data
@@ -190,6 +205,7 @@ def _finetune(
             print(report.summary(), flush=True)
             write_atomically(out / WEIGHTS, report.to_json().encode())
     plan = finetune_plan(recipe, world.size, world.rank)
+    check_batch(recipe, task, plan)
     engine = Engine(accelerator, task, recipe, plan, world)
     ema = None if recipe.ema is None else make_ema(engine, recipe.ema)
     _seed_rank(recipe.train.seed, world)

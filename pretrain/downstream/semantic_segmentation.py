@@ -133,6 +133,9 @@ class Segmenter(nn.Module):
 class SegmentImages:
     """The task, see `task.Task`."""
 
+    #: Samples per forward pass: UperNet normalises its pooled 1×1 map over the batch.
+    least_batch = 2
+
     def __init__(
         self, config: SemanticSegmentationTask, model: Segmenter, class_names: Sequence[str]
     ) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from groundwork.pretrain.downstream.finetune import build_task
+from groundwork.data.batch_plan import BatchPlan
+from groundwork.pretrain.downstream.finetune import build_task, check_batch
 from groundwork.pretrain.downstream.finetune_recipe import (
     FinetuneRecipe,
+    RecipeError,
     available_finetune_recipes,
     load_finetune_recipe,
 )
@@ -75,3 +77,16 @@ def test_sampling_offsets_are_not_decayed() -> None:
     attention = "detector.encoder.0.self_attn."
     assert decays[id(named[f"{attention}sampling_offsets.weight"])] == 0
     assert decays[id(named[f"{attention}value_proj.weight"])] == 1e-4
+
+
+def test_a_batch_too_small_to_normalise_over_is_named_before_the_start() -> None:
+    recipe = load_finetune_recipe("internimage_scenes_upernet")
+    concepts: Any = SimpleNamespace(concepts=())
+    task = build_task(recipe, concepts)
+    check_batch(recipe, task, BatchPlan(8, 2, 2, 0))
+    with pytest.raises(RecipeError, match=r"train: 1 samples per rank .* needs at least 2: raise"):
+        check_batch(recipe, task, BatchPlan(8, 1, 2, 0))
+    synced = replace(recipe, train=replace(recipe.train, sync_batch_norm=True))
+    check_batch(synced, task, BatchPlan(8, 1, 2, 0))
+    with pytest.raises(RecipeError):
+        check_batch(synced, task, BatchPlan(8, 1, 1, 0))
