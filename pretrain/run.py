@@ -18,12 +18,14 @@ from groundwork.data.atomic import write_atomically
 from groundwork.data.batch_plan import BatchPlan
 from groundwork.data.shards import CONCEPTS
 from groundwork.data.text import ClipTokenizer, load_tokenizer
+from groundwork.pretrain.engine.arithmetic import resume_note
 from groundwork.pretrain.engine.averages import Averages
 from groundwork.pretrain.engine.checkpoint import (
     CheckpointError,
     RunState,
     find_checkpoint,
     load_checkpoint,
+    read_record,
     read_state,
     save_checkpoint,
 )
@@ -204,7 +206,8 @@ def _pretrain(
         return save_checkpoint(engine, out, now, world, recipe.checkpoint.keep, averages)
 
     if checkpoint is not None:
-        monitor.say(f"resuming from {checkpoint} at sample {state.position:,}")
+        note = resume_note(read_record(checkpoint))
+        monitor.say(f"resuming from {checkpoint} at sample {state.position:,}{note}")
     try:
         return train(
             engine,

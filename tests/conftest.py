@@ -22,6 +22,16 @@ from groundwork.data.shards import write_shards
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """Training in this process sets OMP_NUM_THREADS, RANK, ...: no later job shall inherit them."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def shared_golden() -> Path:
     """The folder of golden files that hold others' texts and weights, so stay out of git."""

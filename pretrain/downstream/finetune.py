@@ -42,7 +42,8 @@ from groundwork.pretrain.downstream.initial_weights import load_initial_weights
 from groundwork.pretrain.downstream.instance_segmentation import build_instance_segmentation
 from groundwork.pretrain.downstream.semantic_segmentation import build_semantic_segmentation
 from groundwork.pretrain.downstream.task import Task
-from groundwork.pretrain.engine.checkpoint import CheckpointError, find_checkpoint
+from groundwork.pretrain.engine.arithmetic import resume_note
+from groundwork.pretrain.engine.checkpoint import CheckpointError, find_checkpoint, read_record
 from groundwork.pretrain.engine.deepspeed_config import World
 from groundwork.pretrain.engine.ema import Ema
 from groundwork.pretrain.engine.faults import Quarantine
@@ -272,7 +273,8 @@ def _train(
         return _evaluate(recipe, engine, task, ema, data.evaluation, data.train)
 
     if checkpoint is not None:
-        monitor.say(f"resuming from {checkpoint} at sample {state.step * batch:,}")
+        note = resume_note(read_record(checkpoint))
+        monitor.say(f"resuming from {checkpoint} at sample {state.step * batch:,}{note}")
     source = Source(data.train, _Decode(task), "", recipe.data.shuffle_block)
     try:
         return finetune_steps(

@@ -31,6 +31,7 @@ from groundwork.pretrain.downstream.finetune_ema import (
     whole_weights,
 )
 from groundwork.pretrain.downstream.finetune_engine import Engine, whole
+from groundwork.pretrain.engine.arithmetic import arithmetic
 from groundwork.pretrain.engine.checkpoint import (
     FOLDER,
     FORMAT,
@@ -210,7 +211,7 @@ def _publish(working: Path, final: Path, state: FinetuneState) -> None:
         "kind": KIND,
         "version": 1,
         **{f: getattr(state, f) for f in FinetuneState.__dataclass_fields__},
-        "versions": {"torch": torch.__version__},
+        "versions": arithmetic(),
         "files": {
             str(path.relative_to(working)): [path.stat().st_size, file_crc32c(path)]
             for path in files

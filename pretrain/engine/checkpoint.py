@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from groundwork.data.atomic import sync_directory, sync_file, write_atomically
+from groundwork.pretrain.engine.arithmetic import arithmetic
 from groundwork.pretrain.engine.averages import Averages
 from groundwork.pretrain.engine.deepspeed_config import World, prepare_environment
 
@@ -105,7 +106,7 @@ def save_checkpoint(
             "format": FORMAT,
             "version": 1,
             **{f: getattr(state, f) for f in RunState.__dataclass_fields__},
-            "versions": {"torch": torch.__version__},
+            "versions": arithmetic(),
             "files": {
                 str(path.relative_to(working)): [path.stat().st_size, file_crc32c(path)]
                 for path in files

@@ -1,7 +1,6 @@
 """The command line as a user meets it: help, usage errors, and errors that say what to do."""
 
 import json
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,15 +27,12 @@ PATHS = list(command_paths(typer.main.get_command(app)))
 
 @pytest.fixture(autouse=True)
 def process_as_before() -> Iterator[None]:
-    """Commands set signal handlers and environment variables for the process they expect to own."""
+    """Commands set signal handlers for the process they expect to own."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers = [signal.getsignal(number) for number in numbers]
-    environment = dict(os.environ)
     yield
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")

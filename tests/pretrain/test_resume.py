@@ -1,8 +1,11 @@
 """A stopped or killed run goes on bit for bit: two ranks, ZeRO-3, real processes."""
 
 import json
+import os
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,13 +44,14 @@ def losses(out: Path) -> list[tuple[int, float, float]]:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
-    import subprocess
-    import sys
-
     out = tmp_path_factory.mktemp("uninterrupted")
     command = [str(Path(sys.executable).parent / "groundwork"), "pretrain", str(tiny_recipe)]
     done = subprocess.run(
-        [*command, "--out", str(out), "--ranks", "2"], capture_output=True, text=True, timeout=180
+        [*command, "--out", str(out), "--ranks", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert steps_done(out) == STEPS
