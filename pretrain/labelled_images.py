@@ -6,9 +6,10 @@ come from the generator of the sample's position in the stream.
 """
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from groundwork.pretrain.training_data import (
     make_stream,
     open_datasets,
 )
+
+_RAND_AUGMENT: Final = re.compile(r"rand(-((m|n|p|mstd|mmax|inc)\d+(\.\d+)?|t[a-z]\w*))*")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ def make_rand_augment(
         return None
     from timm.data.auto_augment import rand_augment_transform
 
-    if not description.startswith("rand"):
-        raise ValueError("it begins with 'rand'")
+    # timm passes over what it does not know, without a word
+    if not _RAND_AUGMENT.fullmatch(description):
+        raise ValueError("parts are m, n, p, mstd, mmax or inc with a number, or t with a name")
     settings: dict[str, Any] = {
         "translate_const": int(image.size * 0.45),
         "img_mean": tuple(min(255, round(255 * mean)) for mean in IMAGENET_MEAN),

@@ -24,7 +24,7 @@ from groundwork.data.atomic import write_atomically
 from groundwork.data.knowledge.index import KnowledgeError, KnowledgeIndex
 from groundwork.data.shard_index import ShardError
 from groundwork.data.shards import read_manifest
-from groundwork.pretrain.engine.checkpoint import RunState, read_state, require_checkpoint
+from groundwork.pretrain.engine.checkpoint import RECIPE, RunState, read_state, require_checkpoint
 from groundwork.pretrain.engine.monitor import METRICS
 from groundwork.pretrain.report_page import (
     duration,
@@ -34,7 +34,6 @@ from groundwork.pretrain.report_page import (
     preformatted,
     spoken,
 )
-from groundwork.pretrain.run import RECIPE
 
 RESULTS, GRID = "zeroshot.json", "zeroshot.png"
 PACKAGES = ("groundwork-pretrain", "torch", "deepspeed", "transformers")

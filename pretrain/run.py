@@ -21,6 +21,7 @@ from groundwork.data.text import ClipTokenizer, load_tokenizer
 from groundwork.pretrain.engine.arithmetic import resume_note
 from groundwork.pretrain.engine.averages import Averages
 from groundwork.pretrain.engine.checkpoint import (
+    RECIPE,
     CheckpointError,
     RunState,
     find_checkpoint,
@@ -58,7 +59,6 @@ from groundwork.pretrain.recipe import (
 from groundwork.pretrain.training_data import TrainingData
 
 TOKENIZER = "tokenizer"
-RECIPE = "recipe.yaml"
 
 
 def batch_plan(recipe: Recipe, world_size: int, rank: int) -> BatchPlan:

@@ -43,7 +43,12 @@ from groundwork.pretrain.downstream.instance_segmentation import build_instance_
 from groundwork.pretrain.downstream.semantic_segmentation import build_semantic_segmentation
 from groundwork.pretrain.downstream.task import Task
 from groundwork.pretrain.engine.arithmetic import resume_note
-from groundwork.pretrain.engine.checkpoint import CheckpointError, find_checkpoint, read_record
+from groundwork.pretrain.engine.checkpoint import (
+    RECIPE,
+    CheckpointError,
+    find_checkpoint,
+    read_record,
+)
 from groundwork.pretrain.engine.deepspeed_config import World
 from groundwork.pretrain.engine.ema import Ema
 from groundwork.pretrain.engine.faults import Quarantine
@@ -52,7 +57,6 @@ from groundwork.pretrain.engine.run_lock import locked_run
 from groundwork.pretrain.engine.stop import StopRequest
 from groundwork.pretrain.recipe_yaml import RecipeError
 
-RECIPE: Final = "recipe.yaml"
 WEIGHTS: Final = "weights.json"
 
 #: kind of task -> (its config, config of the backbone, training split) -> the task, with fresh

@@ -19,9 +19,11 @@ from groundwork.pretrain.downstream.initial_weights import (
     read_backbone_weights,
 )
 from groundwork.pretrain.engine.checkpoint import (
+    RECIPE,
     CheckpointError,
     find_checkpoint,
     read_state,
+    require_checkpoint,
     verify_files,
 )
 from groundwork.pretrain.models.internimage import InternImage, InternImageConfig
@@ -75,6 +77,8 @@ def load_image_model(
     checkpoint = find_checkpoint(path) if path.is_dir() else None
     image, shards = ImageTransform(size=DEFAULT_SIZE), None
     if checkpoint is None:
+        if path.is_dir() and (path / RECIPE).is_file():
+            require_checkpoint(path)
         config = _official_config(path, variant)
     else:
         verify_files(checkpoint)

@@ -31,6 +31,8 @@ from groundwork.pretrain.engine.deepspeed_config import World, prepare_environme
 
 FOLDER = "checkpoints"
 RECORD = "checkpoint.json"
+#: The resolved recipe, in the folder of a run.
+RECIPE = "recipe.yaml"
 LATEST = "latest"
 TAG = "deepspeed"
 #: Key of DeepSpeed's model state: shapes of the optimiser's parameters, in its order, by name.

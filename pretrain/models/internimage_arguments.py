@@ -4,32 +4,41 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, Final
 
-#: Arguments that mean the same here, by our names.
-RENAMED: Final[Mapping[str, str]] = {
-    "num_classes": "num_classes",
-    "channels": "channels",
-    "depths": "depths",
-    "groups": "groups",
-    "mlp_ratio": "mlp_ratio",
-    "layer_scale": "layer_scale",
-    "offset_scale": "offset_scale",
-    "use_clip_projector": "use_clip_projector",
-    "center_feature_scale": "center_feature_scale",
-    "remove_center": "remove_center",
-    "cls_scale": "cls_scale",
-    "drop_rate": "drop_rate",
-    "drop_path_rate": "drop_path",
-    "drop_path_type": "drop_path_schedule",
-    "with_cp": "activation_checkpointing",
-    "mlp_fc2_bias": "mlp_fc2_bias",
-    "dcn_output_bias": "dcn_output_bias",
+from pydantic import TypeAdapter, ValidationError
+
+#: Arguments that mean the same here: our names and their types.
+RENAMED: Final[Mapping[str, tuple[str, Any]]] = {
+    "num_classes": ("num_classes", int),
+    "channels": ("channels", int),
+    "depths": ("depths", tuple[int, ...]),
+    "groups": ("groups", tuple[int, ...]),
+    "mlp_ratio": ("mlp_ratio", float),
+    "layer_scale": ("layer_scale", float | None),
+    "offset_scale": ("offset_scale", float),
+    "use_clip_projector": ("use_clip_projector", bool),
+    "center_feature_scale": ("center_feature_scale", bool),
+    "remove_center": ("remove_center", bool),
+    "cls_scale": ("cls_scale", float),
+    "drop_rate": ("drop_rate", float),
+    "drop_path_rate": ("drop_path", float),
+    "drop_path_type": ("drop_path_schedule", str),
+    "with_cp": ("activation_checkpointing", bool),
+    "mlp_fc2_bias": ("mlp_fc2_bias", bool),
+    "dcn_output_bias": ("dcn_output_bias", bool),
 }
 
-#: Arguments that need a word of translation.
-TRANSLATED: Final = (
-    *("core_op", "act_layer", "norm_layer", "dw_kernel_size", "frozen_stages"),
-    *("post_norm", "res_post_norm", "level2_post_norm", "level2_post_norm_block_ids"),
-)
+#: Arguments that need a word of translation: their types.
+TRANSLATED: Final[Mapping[str, Any]] = {
+    "core_op": str,
+    "act_layer": str,
+    "norm_layer": str,
+    "dw_kernel_size": int | None,
+    "frozen_stages": int,
+    "post_norm": bool,
+    "res_post_norm": bool,
+    "level2_post_norm": bool,
+    "level2_post_norm_block_ids": tuple[int, ...] | None,
+}
 
 #: Accepted without effect. The choice of kernels and of feature maps, and where weights come from,
 #: are not the model's here; the rest is what configuration files carry besides.
@@ -52,9 +61,10 @@ def official_fields(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     kwargs: of InternImage, of its detection form (without `num_classes`, which is then 1000: see
     `InternImageConfig.detection`) or of FlashInternImage (`core_op: DCNv4`), which has other
     defaults. What is not given has the official default. Raises ValueError for arguments that are
-    unknown or contradict each other; `IGNORED` has no effect.
+    unknown, of another type, or contradict each other; `IGNORED` has no effect.
     """
     _check_names(kwargs)
+    kwargs = _of_their_types(kwargs)
     core = _one_of(CORES, "core_op", kwargs.get("core_op", "DCNv3"))
     is_flash = core == "dcnv4"
     fields: dict[str, Any] = {
@@ -66,10 +76,9 @@ def official_fields(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_fc2_bias": not is_flash,
         "dcn_output_bias": not is_flash,
     }
-    for official, ours in RENAMED.items():
+    for official, (ours, _) in RENAMED.items():
         if official in kwargs:
-            value = kwargs[official]
-            fields[ours] = tuple(value) if isinstance(value, list) else value
+            fields[ours] = kwargs[official]
     acts = {"GELU": "gelu", "ReLU": "relu", "SiLU": "silu"}
     fields["act"] = _one_of(acts, "act_layer", kwargs.get("act_layer", "GELU"))
     if kwargs.get("norm_layer", "LN") != "LN":
@@ -88,7 +97,7 @@ def official_fields(kwargs: Mapping[str, Any]) -> dict[str, Any]:
                 "from_official: level2_post_norm without level2_post_norm_block_ids; name the "
                 "blocks of the third stage, 5, 11, 17, ... in H and G"
             )
-        fields["level2_post_norm_block_ids"] = tuple(ids)
+        fields["level2_post_norm_block_ids"] = ids
     return fields
 
 
@@ -120,6 +129,22 @@ def _check_names(kwargs: Mapping[str, Any]) -> None:
                 f"from_official: {name!r} is no argument of the official constructors{hint} "
                 f"(known: {', '.join(sorted([*RENAMED, *TRANSLATED]))})"
             )
+
+
+def _of_their_types(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are not ignored; lists become tuples."""
+    types = {name: kind for name, (_, kind) in RENAMED.items()} | dict(TRANSLATED)
+    typed = {}
+    for name, value in kwargs.items():
+        if name not in types:
+            continue
+        try:
+            typed[name] = TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(
+                f"from_official: {name} is {value!r}: {error.errors()[0]['msg']}"
+            ) from error
+    return typed
 
 
 def _one_of(choices: Mapping[str, str], name: str, value: Any) -> str:

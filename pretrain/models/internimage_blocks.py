@@ -36,8 +36,13 @@ class Stem(nn.Module):
         self.norm2 = nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels, eps=LAYER_NORM_EPS))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != 3:
+        if x.dim() != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
             raise ValueError(f"InternImage: x has shape {tuple(x.shape)}; expected (B, 3, H, W)")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"InternImage: x is {str(x.dtype).removeprefix('torch.')}; expected pictures in "
+                "floating point, less ImageNet's mean and over its deviation"
+            )
         x = x.contiguous(memory_format=torch.channels_last)
         return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
 

@@ -50,7 +50,7 @@ def official_arguments(config: InternImageConfig) -> dict[str, Any]:
         )
     is_flash = config.core == "dcnv4"
     arguments: dict[str, Any] = {"core_op": "DCNv4" if is_flash else "DCNv3", "norm_layer": "LN"}
-    for official, ours in RENAMED.items():
+    for official, (ours, _) in RENAMED.items():
         value = getattr(config, ours)
         if official in ("mlp_fc2_bias", "dcn_output_bias"):
             if not is_flash:

@@ -165,6 +165,7 @@ def test_mistakes_of_a_recipe_are_told_before_the_start(tiny_shards: Path) -> No
     for wrong, message in (
         ("data.rand_augment=auto", "data.rand_augment is 'auto', which timm does not understand"),
         ("data.rand_augment=rand-x9", "data.rand_augment is 'rand-x9'"),
+        ("data.rand_augment=rand-m9-foo", "with a number, or t with a name"),
         ("model.num_classes=0", "needs at least 1"),
         ("objective={kind: unicl}", "takes 'klite'"),
         ("objective.kind=clasification", "choose among .*classification"),

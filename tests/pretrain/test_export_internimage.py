@@ -291,6 +291,9 @@ def test_losses_are_those_of_the_labels() -> None:
         model(x, labels=F.one_hot(labels, 7)).loss,
         F.binary_cross_entropy_with_logits(output.logits, F.one_hot(labels, 7).float()),
     )
+    model.config.problem_type = "regression"
+    numbers = torch.randn(4, 7)
+    torch.testing.assert_close(model(x, labels=numbers).loss, F.mse_loss(output.logits, numbers))
     assert output.hidden_states is None
     assert len(model(x, output_hidden_states=True).hidden_states) == 4
     assert torch.equal(model(x, return_dict=False)[0], output.logits)

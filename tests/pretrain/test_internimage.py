@@ -432,8 +432,13 @@ def test_a_wrong_config_is_named_with_its_remedy(changes: dict[str, Any], messag
 
 
 def test_wrong_inputs_are_named_with_their_remedy() -> None:
+    model = InternImage(official_config("T"))
     with pytest.raises(ValueError, match=r"shape \(1, 32, 32, 3\); expected \(B, 3, H, W\)"):
-        InternImage(official_config("T"))(torch.randn(1, 32, 32, 3))
+        model(torch.randn(1, 32, 32, 3))
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 0, 32\); expected \(B, 3, H, W\)"):
+        model(torch.zeros(1, 3, 0, 32))
+    with pytest.raises(TypeError, match="x is uint8; expected pictures in floating point"):
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="10 channels in 4 groups"):
         DCNv3(10, 4)
     with pytest.raises(ValueError, match="give odd ones"):

@@ -145,6 +145,12 @@ def test_a_file_without_its_architecture_is_refused(official_t: Path) -> None:
         load_image_model(official_t.with_name("none.pth"), variant="t")
 
 
+def test_a_run_that_saved_nothing_yet_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("{}")
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        load_image_model(tmp_path)
+
+
 def test_the_commands_write_results(official_t: Path, tiny_shards: Path, tmp_path: Path) -> None:
     index = tmp_path / "map.txt"
     index.write_text("".join(f"{row}\n" for row in (20, 0, 3, 4, 7, 11)))

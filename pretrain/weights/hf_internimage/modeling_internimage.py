@@ -199,7 +199,8 @@ class InternImageForImageClassification(InternImagePreTrainedModel):
     """Logits, and the loss where there are labels.
 
     labels: (B,) classes; (B, num_labels) soft labels or, with the problem type
-    multi_label_classification, independent ones.
+    multi_label_classification, independent ones. With the problem type regression, which a single
+    label implies, numbers (B,) or (B, num_labels), as everywhere in transformers.
     """
 
     def __init__(self, config: InternImageConfig) -> None:
@@ -222,16 +223,20 @@ class InternImageForImageClassification(InternImagePreTrainedModel):
         logits = self.head(self._pooled(maps))
         loss = None
         if labels is not None:
-            independent = self.config.problem_type == "multi_label_classification"
-            function = F.binary_cross_entropy_with_logits if independent else F.cross_entropy
-            if labels.is_floating_point() or independent:
-                labels = labels.float()
-            loss = function(logits.float(), labels)
+            loss = self._loss(logits.float(), labels)
         wanted = output_hidden_states or self.config.output_hidden_states
         output = InternImageOutput(
             loss=loss, logits=logits, hidden_states=tuple(maps) if wanted else None
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        problem = self.config.problem_type
+        if problem == "regression" or (problem is None and self.config.num_labels == 1):
+            return F.mse_loss(logits, labels.float().view_as(logits))
+        if problem == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.float())
+        return F.cross_entropy(logits, labels.float() if labels.is_floating_point() else labels)
 
 
 class InternImageBackbone(InternImagePreTrainedModel):
