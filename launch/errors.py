@@ -50,7 +50,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from groundwork.data.stream import UnreadableDataError
     from groundwork.data.text import TokenizerError
     from groundwork.kernels.optional_backends import BackendError
-    from groundwork.pretrain.downstream.finetune_engine import EngineError
+    from groundwork.pretrain.downstream.finetuning.engine import EngineError
     from groundwork.pretrain.engine.checkpoint import CheckpointError
     from groundwork.pretrain.recipe import RecipeError
     from groundwork.pretrain.weights.export_error import ExportError

@@ -39,7 +39,7 @@ def zeroshot(
     """Top-1 and top-5 among class names, with four texts: plain, knowledge, shuffled, random."""
 
     def run() -> int:
-        from groundwork.pretrain.downstream.zeroshot_run import evaluate_zeroshot
+        from groundwork.pretrain.downstream.evaluation.zeroshot_run import evaluate_zeroshot
 
         require_folder(out)
         require_file(out / RESULTS)

@@ -61,9 +61,12 @@ def classification(
 
     def run() -> dict[str, Any]:
         from groundwork.data.dataset import open_dataset
-        from groundwork.pretrain.downstream.finetune_evaluation import SplitReading
-        from groundwork.pretrain.downstream.frozen_evaluation import classify_split
-        from groundwork.pretrain.downstream.image_models import load_image_model, require_shards
+        from groundwork.pretrain.downstream.evaluation.frozen import classify_split
+        from groundwork.pretrain.downstream.evaluation.image_models import (
+            load_image_model,
+            require_shards,
+        )
+        from groundwork.pretrain.downstream.finetuning.evaluation import SplitReading
 
         model = load_image_model(checkpoint, variant=variant, class_indices=class_indices, ema=ema)
         where = require_shards(model, shards)
@@ -98,8 +101,11 @@ def task(
     """The metrics of a fine-tuned task: top-1, COCO's AP, mIoU."""
 
     def run() -> dict[str, Any]:
-        from groundwork.pretrain.downstream.finetune_evaluation import SplitReading
-        from groundwork.pretrain.downstream.task_evaluation import evaluate_task, load_task
+        from groundwork.pretrain.downstream.evaluation.task_evaluation import (
+            evaluate_task,
+            load_task,
+        )
+        from groundwork.pretrain.downstream.finetuning.evaluation import SplitReading
 
         trained = load_task(checkpoint, recipe=recipe, shards=shards, split=split, ema=ema)
         reading = SplitReading(batch, workers, budget=bad_sample_budget)
@@ -125,7 +131,7 @@ def probe(
     """Logistic regression on frozen features; the penalty is chosen within the training split."""
 
     def run() -> dict[str, Any]:
-        from groundwork.pretrain.downstream.probe import linear_probe
+        from groundwork.pretrain.downstream.evaluation.probe import linear_probe
 
         found, known, asked = _features(
             checkpoint, shards, (train, test), variant, size, batch, workers, bad_sample_budget, ema
@@ -164,7 +170,7 @@ def knn(
         raise typer.BadParameter(f"{temperature:g} is not above 0", param_hint="--temperature")
 
     def run() -> dict[str, Any]:
-        from groundwork.pretrain.downstream.probe import NEIGHBOURS, knn_accuracy
+        from groundwork.pretrain.downstream.evaluation.probe import NEIGHBOURS, knn_accuracy
 
         found, known, asked = _features(
             checkpoint, shards, (train, test), variant, size, batch, workers, bad_sample_budget, ema
@@ -194,9 +200,12 @@ def _features(
 ) -> tuple[dict[str, Any], Any, Any]:
     """(what was read, features of the training split, and of the test split)."""
     from groundwork.data.dataset import open_dataset
-    from groundwork.pretrain.downstream.finetune_evaluation import SplitReading
-    from groundwork.pretrain.downstream.frozen_evaluation import split_features
-    from groundwork.pretrain.downstream.image_models import load_image_model, require_shards
+    from groundwork.pretrain.downstream.evaluation.frozen import split_features
+    from groundwork.pretrain.downstream.evaluation.image_models import (
+        load_image_model,
+        require_shards,
+    )
+    from groundwork.pretrain.downstream.finetuning.evaluation import SplitReading
 
     model = load_image_model(checkpoint, variant=variant, ema=ema)
     where = require_shards(model, shards)

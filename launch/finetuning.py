@@ -24,13 +24,13 @@ def _run_rank(job: Job, rank: int, early: list[int]) -> int:
     from groundwork.pretrain.engine.deepspeed_config import prepare_environment
 
     prepare_environment()
-    from groundwork.pretrain.downstream.finetune import (
+    from groundwork.pretrain.downstream.finetuning.engine import start_accelerator
+    from groundwork.pretrain.downstream.finetuning.recipe import load_finetune_recipe
+    from groundwork.pretrain.downstream.finetuning.run import (
         check_finetune_inputs,
         finetune,
         finetune_plan,
     )
-    from groundwork.pretrain.downstream.finetune_engine import start_accelerator
-    from groundwork.pretrain.downstream.finetune_recipe import load_finetune_recipe
     from groundwork.pretrain.engine.stop import StopRequest
 
     stop = StopRequest()

@@ -13,7 +13,7 @@ app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 @app.command("list")
 def list_recipes() -> None:
     """The recipes that come with groundwork, with the first line of each."""
-    from groundwork.pretrain.downstream.finetune_recipe import FINETUNE_RECIPES
+    from groundwork.pretrain.downstream.finetuning.recipe import FINETUNE_RECIPES
     from groundwork.pretrain.recipe import RECIPES
     from groundwork.pretrain.recipe_file import available_recipes
 
@@ -53,7 +53,7 @@ def show(
 
 def _load(name: str, overrides: list[str]) -> object:
     """A recipe of either kind."""
-    from groundwork.pretrain.downstream.finetune_recipe import (
+    from groundwork.pretrain.downstream.finetuning.recipe import (
         FINETUNE_RECIPES,
         load_finetune_recipe,
     )

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from groundwork.pretrain.downstream.finetune_checkpoint import is_finetuned, read_finetune_state
-from groundwork.pretrain.downstream.finetune_recipe import finetune_recipe_from_dict
-from groundwork.pretrain.downstream.initial_weights import read_backbone_weights
+from groundwork.pretrain.downstream.finetuning.checkpoint import is_finetuned, read_finetune_state
+from groundwork.pretrain.downstream.finetuning.initial_weights import read_backbone_weights
+from groundwork.pretrain.downstream.finetuning.recipe import finetune_recipe_from_dict
 from groundwork.pretrain.engine.checkpoint import CheckpointError, find_checkpoint, read_state
 from groundwork.pretrain.models.internimage import InternImage
 from groundwork.pretrain.models.internimage_config import VARIANTS, InternImageConfig

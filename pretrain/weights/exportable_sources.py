@@ -10,7 +10,7 @@ from torch import nn
 from groundwork.data.shard_index import ShardError
 from groundwork.data.shards import MANIFEST, read_concepts, read_manifest
 from groundwork.data.transforms import ImageTransform
-from groundwork.pretrain.downstream.finetune_checkpoint import (
+from groundwork.pretrain.downstream.finetuning.checkpoint import (
     AVERAGE,
     finetuned_weights,
     is_finetuned,

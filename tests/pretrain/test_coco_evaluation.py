@@ -9,8 +9,12 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from groundwork.pretrain.downstream.coco_evaluation import METRICS, CocoEvaluator, coco_results
-from groundwork.pretrain.downstream.detection_data import GroundTruth, encode_mask
+from groundwork.pretrain.downstream.detection.coco_evaluation import (
+    METRICS,
+    CocoEvaluator,
+    coco_results,
+)
+from groundwork.pretrain.downstream.detection.data import GroundTruth, encode_mask
 
 HEIGHT, WIDTH = 120, 160
 CLASSES = ["cat", "dog", "cup"]

@@ -14,8 +14,8 @@ import torch
 
 from groundwork.data.shards import write_shards
 from groundwork.data.sources.scenes import ScenesConfig, scenes_concepts, scenes_samples
-from groundwork.pretrain.downstream.finetune import build_task, open_finetune_data
-from groundwork.pretrain.downstream.finetune_recipe import load_finetune_recipe
+from groundwork.pretrain.downstream.finetuning.recipe import load_finetune_recipe
+from groundwork.pretrain.downstream.finetuning.run import build_task, open_finetune_data
 
 pytestmark = pytest.mark.slow
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from groundwork.data.batch_plan import BatchPlan
-from groundwork.pretrain.downstream.finetune import build_task, check_batch
-from groundwork.pretrain.downstream.finetune_recipe import (
+from groundwork.pretrain.downstream.finetuning.recipe import (
     FinetuneRecipe,
     RecipeError,
     available_finetune_recipes,
     load_finetune_recipe,
 )
+from groundwork.pretrain.downstream.finetuning.run import build_task, check_batch
 from groundwork.pretrain.engine.optimizer import parameter_groups
 
 RECIPES = [name for name in available_finetune_recipes() if "upernet" in name or "dino" in name]

@@ -10,7 +10,7 @@ from groundwork.data.annotations import Annotations, Box, Rle
 from groundwork.data.samples import Sample, SampleError
 from groundwork.data.sources.scenes import ScenesConfig, scene_sample
 from groundwork.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from groundwork.pretrain.downstream.detection_data import (
+from groundwork.pretrain.downstream.detection.data import (
     MULTI_SCALE,
     DetectionTransform,
     detection_collate,

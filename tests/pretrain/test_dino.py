@@ -22,13 +22,13 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 
 from groundwork.data.samples import Concept
 from groundwork.data.sources.scenes import ScenesConfig, scene_sample, scenes_concepts
-from groundwork.pretrain.downstream.detection_data import DetectionTransform
-from groundwork.pretrain.downstream.dino_detection import (
+from groundwork.pretrain.downstream.detection.data import DetectionTransform
+from groundwork.pretrain.downstream.detection.dino import (
     DinoDetectionTask,
     best_detections,
     build_dino_detection,
 )
-from groundwork.pretrain.downstream.dino_loss import (
+from groundwork.pretrain.downstream.detection.dino_loss import (
     LOSS_WEIGHTS,
     Objects,
     dino_losses,

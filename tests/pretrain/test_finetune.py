@@ -14,20 +14,20 @@ from safetensors.torch import load_file, save_file
 
 from groundwork.data.stream import BadDataError, UnreadableDataError
 from groundwork.pretrain.downstream.classification import ClassificationTask
-from groundwork.pretrain.downstream.finetune import (
+from groundwork.pretrain.downstream.finetuning.engine import start_accelerator
+from groundwork.pretrain.downstream.finetuning.recipe import (
+    FinetuneRecipe,
+    RecipeError,
+    available_finetune_recipes,
+    load_finetune_recipe,
+)
+from groundwork.pretrain.downstream.finetuning.run import (
     TASKS,
     build_task,
     check_finetune_inputs,
     finetune,
     finetune_plan,
     open_finetune_data,
-)
-from groundwork.pretrain.downstream.finetune_engine import start_accelerator
-from groundwork.pretrain.downstream.finetune_recipe import (
-    FinetuneRecipe,
-    RecipeError,
-    available_finetune_recipes,
-    load_finetune_recipe,
 )
 from groundwork.pretrain.engine.checkpoint import (
     CheckpointError,
@@ -208,7 +208,7 @@ def official_file(recipe_file: Path, tmp_path: Path) -> Path:
 
 def start(recipe_file: Path, *overrides: str) -> tuple[FinetuneRecipe, Any]:
     """A task with the weights of a recipe, untrained."""
-    from groundwork.pretrain.downstream.initial_weights import load_initial_weights
+    from groundwork.pretrain.downstream.finetuning.initial_weights import load_initial_weights
 
     recipe = load_finetune_recipe(str(recipe_file), overrides)
     task = build_task(recipe, open_finetune_data(recipe).train)
@@ -274,7 +274,7 @@ def test_bad_pictures_of_the_evaluation_split_are_counted_and_bounded(
     recipe_file: Path, trained: Path
 ) -> None:
     """Half of the classes are unknown: 6 of 12 pictures cannot be scored."""
-    from groundwork.pretrain.downstream.finetune_evaluation import SplitReading, evaluate_split
+    from groundwork.pretrain.downstream.finetuning.evaluation import SplitReading, evaluate_split
     from groundwork.pretrain.engine.deepspeed_config import World
 
     recipe = load_finetune_recipe(str(recipe_file), ["task.num_classes=3"])
@@ -295,7 +295,7 @@ def test_bad_pictures_of_the_evaluation_split_are_counted_and_bounded(
 
 
 def test_evaluation_does_not_move_the_generators(recipe_file: Path) -> None:
-    from groundwork.pretrain.downstream.finetune_evaluation import SplitReading, evaluate_split
+    from groundwork.pretrain.downstream.finetuning.evaluation import SplitReading, evaluate_split
     from groundwork.pretrain.engine.deepspeed_config import World
 
     recipe = load_finetune_recipe(str(recipe_file))
@@ -345,7 +345,7 @@ def test_an_unknown_metric_is_told(recipe_file: Path, tmp_path: Path) -> None:
 def test_an_accelerate_config_without_its_launcher_is_refused(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from groundwork.pretrain.downstream.finetune_engine import EngineError
+    from groundwork.pretrain.downstream.finetuning.engine import EngineError
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     recipe = load_finetune_recipe(str(recipe_file))

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from groundwork.data.dataset import open_dataset
-from groundwork.pretrain.downstream.finetune_evaluation import SplitReading
-from groundwork.pretrain.downstream.frozen_evaluation import classify_split
-from groundwork.pretrain.downstream.image_models import load_image_model
+from groundwork.pretrain.downstream.evaluation.frozen import classify_split
+from groundwork.pretrain.downstream.evaluation.image_models import load_image_model
+from groundwork.pretrain.downstream.finetuning.evaluation import SplitReading
 from groundwork.pretrain.engine.checkpoint import complete_checkpoints, require_checkpoint
 from groundwork.pretrain.weights.zero_shards import full_weights
 
@@ -238,13 +238,13 @@ def fsdp_rank(recipe_name: str, out: str, steps: str) -> None:
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    from groundwork.pretrain.downstream.finetune import (
+    from groundwork.pretrain.downstream.finetuning.engine import start_accelerator
+    from groundwork.pretrain.downstream.finetuning.recipe import load_finetune_recipe
+    from groundwork.pretrain.downstream.finetuning.run import (
         check_finetune_inputs,
         finetune,
         finetune_plan,
     )
-    from groundwork.pretrain.downstream.finetune_engine import start_accelerator
-    from groundwork.pretrain.downstream.finetune_recipe import load_finetune_recipe
 
     class OnCpu(accelerate.Accelerator):
         def __init__(self, *arguments: Any, **options: Any) -> None:

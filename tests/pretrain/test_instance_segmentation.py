@@ -16,16 +16,16 @@ from torchvision.ops import box_iou
 
 from groundwork.data.samples import Concept
 from groundwork.data.sources.scenes import ScenesConfig, scene_sample, scenes_concepts
-from groundwork.pretrain.downstream.detection_data import DetectionTransform
-from groundwork.pretrain.downstream.finetune_recipe import (
-    FINETUNE_RECIPES,
-    load_finetune_recipe,
-)
-from groundwork.pretrain.downstream.instance_segmentation import (
+from groundwork.pretrain.downstream.detection.data import DetectionTransform
+from groundwork.pretrain.downstream.detection.instance_segmentation import (
     InstanceSegmentation,
     InstanceSegmentationTask,
     build_instance_segmentation,
     class_names,
+)
+from groundwork.pretrain.downstream.finetuning.recipe import (
+    FINETUNE_RECIPES,
+    load_finetune_recipe,
 )
 from groundwork.pretrain.engine.optimizer import parameter_groups
 from groundwork.pretrain.models.cascade_rcnn import STAGES, build_cascade_heads

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from groundwork.data.sources.scenes import ScenesConfig, scene_sample
-from groundwork.pretrain.downstream.detection_data import (
+from groundwork.pretrain.downstream.detection.data import (
     DetectionTransform,
     detection_collate,
     detection_example,
 )
-from groundwork.pretrain.downstream.instance_segmentation import HEADS, Head, Rcnn
+from groundwork.pretrain.downstream.detection.instance_segmentation import HEADS, Head, Rcnn
 from groundwork.pretrain.models.internimage import InternImage, InternImageConfig
 from groundwork.pretrain.models.mask_rcnn import RcnnConfig
 

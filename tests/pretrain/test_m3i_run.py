@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from groundwork.pretrain.downstream.initial_weights import read_backbone_weights
+from groundwork.pretrain.downstream.finetuning.initial_weights import read_backbone_weights
 from groundwork.pretrain.engine.checkpoint import CheckpointError, require_checkpoint
 from groundwork.pretrain.models.internimage import InternImage
 from groundwork.pretrain.models.internimage_weights import official_names

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, recall_score
 
-from groundwork.pretrain.downstream.mean_iou import MeanIou, segmentation_scores
-from groundwork.pretrain.downstream.mean_iou import confusion_matrix as our_confusion
+from groundwork.pretrain.downstream.segmentation.mean_iou import MeanIou, segmentation_scores
+from groundwork.pretrain.downstream.segmentation.mean_iou import confusion_matrix as our_confusion
 
 IGNORE = 255
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from groundwork.data.dataset import open_dataset
 from groundwork.launch.cli import main
-from groundwork.pretrain.downstream.finetune_evaluation import SplitReading
-from groundwork.pretrain.downstream.frozen_evaluation import split_features
-from groundwork.pretrain.downstream.image_models import ImageModel, load_image_model
-from groundwork.pretrain.downstream.probe import (
+from groundwork.pretrain.downstream.evaluation.frozen import split_features
+from groundwork.pretrain.downstream.evaluation.image_models import ImageModel, load_image_model
+from groundwork.pretrain.downstream.evaluation.probe import (
     fit_logistic_regression,
     knn_accuracy,
     linear_probe,
 )
+from groundwork.pretrain.downstream.finetuning.evaluation import SplitReading
 from groundwork.pretrain.engine.checkpoint import CheckpointError
 from groundwork.pretrain.models.internimage import InternImage, InternImageConfig
 from groundwork.pretrain.models.internimage_config import InternImageConfig as Config

@@ -12,12 +12,12 @@ from PIL import Image
 
 from groundwork.data.samples import Sample, SampleError
 from groundwork.data.sources.scenes import ScenesConfig, scene_sample
-from groundwork.pretrain.downstream.segmentation_data import (
+from groundwork.pretrain.downstream.segmentation.data import (
     SegmentationTransform,
     segmentation_collate,
     segmentation_example,
 )
-from groundwork.pretrain.downstream.segmentation_maps import (
+from groundwork.pretrain.downstream.segmentation.maps import (
     SegmentationLabels,
     segmentation_map,
 )

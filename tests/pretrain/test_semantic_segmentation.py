@@ -12,9 +12,9 @@ from transformers import ResNetConfig, UperNetForSemanticSegmentation
 from transformers import UperNetConfig as HuggingFaceConfig
 
 from groundwork.data.sources.scenes import ScenesConfig, scene_sample
-from groundwork.pretrain.downstream.segmentation_data import SegmentationTransform
-from groundwork.pretrain.downstream.segmentation_maps import SegmentationLabels
-from groundwork.pretrain.downstream.semantic_segmentation import (
+from groundwork.pretrain.downstream.segmentation.data import SegmentationTransform
+from groundwork.pretrain.downstream.segmentation.maps import SegmentationLabels
+from groundwork.pretrain.downstream.segmentation.semantic_segmentation import (
     Segmenter,
     SemanticSegmentationTask,
     build_semantic_segmentation,
@@ -85,7 +85,7 @@ def test_logits_and_loss_are_those_of_transformers(monkeypatch: pytest.MonkeyPat
     heads = UperNet(UperNetConfig(channels=12, auxiliary_channels=6, dropout=0.0), widths, 7)
     weights = {k: v for k, v in peer.state_dict().items() if not k.startswith("backbone.")}
     heads.load_state_dict(weights, strict=True)  # under the same names
-    module = "groundwork.pretrain.downstream.semantic_segmentation.normalise"
+    module = "groundwork.pretrain.downstream.segmentation.semantic_segmentation.normalise"
     monkeypatch.setattr(module, lambda pictures, *_: pictures)
     ours = Segmenter(Maps(peer.backbone), heads)
 

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from groundwork.data.sources.scenes import ScenesConfig, scenes_concepts
 from groundwork.launch.cli import main
-from groundwork.pretrain.downstream import task_evaluation
-from groundwork.pretrain.downstream.finetune import build_task
-from groundwork.pretrain.downstream.finetune_recipe import load_finetune_recipe
-from groundwork.pretrain.downstream.task_evaluation import load_task
+from groundwork.pretrain.downstream.evaluation import task_evaluation
+from groundwork.pretrain.downstream.evaluation.task_evaluation import load_task
+from groundwork.pretrain.downstream.finetuning.recipe import load_finetune_recipe
+from groundwork.pretrain.downstream.finetuning.run import build_task
 from groundwork.pretrain.engine.checkpoint import CheckpointError
 
 

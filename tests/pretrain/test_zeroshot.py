@@ -18,8 +18,8 @@ from groundwork.data.samples import Concept, Sample, SampleError
 from groundwork.data.shards import write_shards
 from groundwork.data.text import train_tokenizer
 from groundwork.data.transforms import ImageTransform
-from groundwork.pretrain.downstream import zeroshot
-from groundwork.pretrain.downstream.zeroshot import (
+from groundwork.pretrain.downstream.evaluation import zeroshot
+from groundwork.pretrain.downstream.evaluation.zeroshot import (
     Pictures,
     bootstrap,
     class_features,

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from groundwork.pretrain.downstream.finetune_checkpoint import finetuned_weights, is_finetuned
-from groundwork.pretrain.downstream.finetune_recipe import WeightsConfig
+from groundwork.pretrain.downstream.finetuning.checkpoint import finetuned_weights, is_finetuned
+from groundwork.pretrain.downstream.finetuning.recipe import WeightsConfig
 from groundwork.pretrain.engine.checkpoint import CheckpointError, find_checkpoint, verify_files
 from groundwork.pretrain.models.internimage_weights import (
     LoadReport,

@@ -25,12 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groundwork.data.atomic import sync_directory, sync_file, write_atomically
-from groundwork.pretrain.downstream.finetune_ema import (
+from groundwork.pretrain.downstream.finetuning.ema import (
     load_average,
     whole_average,
     whole_weights,
 )
-from groundwork.pretrain.downstream.finetune_engine import Engine, whole
+from groundwork.pretrain.downstream.finetuning.engine import Engine, whole
 from groundwork.pretrain.engine.arithmetic import arithmetic
 from groundwork.pretrain.engine.checkpoint import (
     FOLDER,

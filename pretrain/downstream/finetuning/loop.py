@@ -14,8 +14,8 @@ from torch import Tensor
 
 from groundwork.data.atomic import write_atomically
 from groundwork.data.stream import Stream
-from groundwork.pretrain.downstream.finetune_engine import Engine, number
-from groundwork.pretrain.downstream.finetune_recipe import EvaluationConfig
+from groundwork.pretrain.downstream.finetuning.engine import Engine, number
+from groundwork.pretrain.downstream.finetuning.recipe import EvaluationConfig
 from groundwork.pretrain.downstream.task import Task
 from groundwork.pretrain.engine.ema import Ema
 from groundwork.pretrain.engine.faults import Quarantine

@@ -14,8 +14,8 @@ from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.samples import Concept
 from groundwork.data.shard_index import ShardError
 from groundwork.data.shards import read_manifest
-from groundwork.pretrain.downstream.picture_grid import Tile, picture_grid
-from groundwork.pretrain.downstream.zeroshot import (
+from groundwork.pretrain.downstream.evaluation.picture_grid import Tile, picture_grid
+from groundwork.pretrain.downstream.evaluation.zeroshot import (
     CONTROLS,
     Control,
     Pictures,

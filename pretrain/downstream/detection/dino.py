@@ -11,8 +11,8 @@ from torchvision.ops import box_convert
 from groundwork.data.dataset import Dataset
 from groundwork.data.samples import Sample
 from groundwork.pretrain.downstream.backbone import BackboneConfig, build_backbone
-from groundwork.pretrain.downstream.coco_evaluation import CocoEvaluator
-from groundwork.pretrain.downstream.detection_data import (
+from groundwork.pretrain.downstream.detection.coco_evaluation import CocoEvaluator
+from groundwork.pretrain.downstream.detection.data import (
     MULTI_SCALE,
     DetectionExample,
     DetectionTransform,
@@ -21,8 +21,8 @@ from groundwork.pretrain.downstream.detection_data import (
     inside_pictures,
     normalise_images,
 )
-from groundwork.pretrain.downstream.dino_loss import Objects, dino_losses
-from groundwork.pretrain.downstream.instance_segmentation import class_names
+from groundwork.pretrain.downstream.detection.dino_loss import Objects, dino_losses
+from groundwork.pretrain.downstream.detection.instance_segmentation import class_names
 from groundwork.pretrain.models.dino import Detections, Dino, DinoConfig
 from groundwork.pretrain.models.dino_denoising import make_denoising
 

@@ -17,30 +17,34 @@ from groundwork.data.dataset import Dataset, open_dataset
 from groundwork.data.stream import Source, Stream
 from groundwork.kernels.member_reader import find_member_reader
 from groundwork.pretrain.downstream.classification import build_classification
-from groundwork.pretrain.downstream.dino_detection import build_dino_detection
-from groundwork.pretrain.downstream.finetune_checkpoint import (
+from groundwork.pretrain.downstream.detection.dino import build_dino_detection
+from groundwork.pretrain.downstream.detection.instance_segmentation import (
+    build_instance_segmentation,
+)
+from groundwork.pretrain.downstream.finetuning.checkpoint import (
     FinetuneState,
     is_finetuned,
     load_finetuned,
     read_finetune_state,
     save_finetuned,
 )
-from groundwork.pretrain.downstream.finetune_ema import averaged, make_ema
-from groundwork.pretrain.downstream.finetune_engine import Engine
-from groundwork.pretrain.downstream.finetune_evaluation import SplitReading, evaluate_split
-from groundwork.pretrain.downstream.finetune_loop import (
+from groundwork.pretrain.downstream.finetuning.ema import averaged, make_ema
+from groundwork.pretrain.downstream.finetuning.engine import Engine
+from groundwork.pretrain.downstream.finetuning.evaluation import SplitReading, evaluate_split
+from groundwork.pretrain.downstream.finetuning.initial_weights import load_initial_weights
+from groundwork.pretrain.downstream.finetuning.loop import (
     Evaluations,
     FinetuneLoop,
     finetune_steps,
 )
-from groundwork.pretrain.downstream.finetune_recipe import (
+from groundwork.pretrain.downstream.finetuning.recipe import (
     FinetuneRecipe,
     finetune_differences,
     finetune_recipe_to_dict,
 )
-from groundwork.pretrain.downstream.initial_weights import load_initial_weights
-from groundwork.pretrain.downstream.instance_segmentation import build_instance_segmentation
-from groundwork.pretrain.downstream.semantic_segmentation import build_semantic_segmentation
+from groundwork.pretrain.downstream.segmentation.semantic_segmentation import (
+    build_semantic_segmentation,
+)
 from groundwork.pretrain.downstream.task import Task
 from groundwork.pretrain.engine.arithmetic import resume_note
 from groundwork.pretrain.engine.checkpoint import (

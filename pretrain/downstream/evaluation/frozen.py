@@ -12,8 +12,8 @@ from groundwork.data.dataset import Dataset
 from groundwork.data.samples import Sample
 from groundwork.data.transforms import ImageTransform, evaluation_image
 from groundwork.pretrain.downstream.classification import TopK
-from groundwork.pretrain.downstream.finetune_evaluation import SplitReading, evaluate_split
-from groundwork.pretrain.downstream.image_models import ImageModel, normalised
+from groundwork.pretrain.downstream.evaluation.image_models import ImageModel, normalised
+from groundwork.pretrain.downstream.finetuning.evaluation import SplitReading, evaluate_split
 from groundwork.pretrain.engine.checkpoint import CheckpointError
 from groundwork.pretrain.engine.deepspeed_config import World
 from groundwork.pretrain.labelled_images import LabelledImage, collate_labelled, label_below

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from groundwork.data.batch_plan import BatchPlan
-from groundwork.pretrain.downstream.finetune_recipe import FinetuneRecipe, FinetuneTrain
+from groundwork.pretrain.downstream.finetuning.recipe import FinetuneRecipe, FinetuneTrain
 from groundwork.pretrain.downstream.task import Task
 from groundwork.pretrain.engine.batch_statistics import average_over_ranks, batch_statistics
 from groundwork.pretrain.engine.deepspeed_config import World, prepare_environment

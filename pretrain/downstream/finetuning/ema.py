@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from groundwork.pretrain.downstream.finetune_engine import Engine, whole
+from groundwork.pretrain.downstream.finetuning.engine import Engine, whole
 from groundwork.pretrain.engine.ema import (
     Ema,
     EmaConfig,

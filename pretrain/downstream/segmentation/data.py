@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as tv
 from groundwork.data.decode import decode_image
 from groundwork.data.samples import Sample, SampleError
 from groundwork.data.transforms import IMAGENET_MEAN
-from groundwork.pretrain.downstream.segmentation_maps import SegmentationLabels, segmentation_map
+from groundwork.pretrain.downstream.segmentation.maps import SegmentationLabels, segmentation_map
 
 #: Crops drawn before one is taken in which a class prevails.
 CROP_TRIES = 10

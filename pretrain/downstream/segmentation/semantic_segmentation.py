@@ -17,14 +17,14 @@ from groundwork.data.dataset import Dataset
 from groundwork.data.samples import Sample
 from groundwork.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from groundwork.pretrain.downstream.backbone import BackboneConfig, build_backbone
-from groundwork.pretrain.downstream.mean_iou import MeanIou
-from groundwork.pretrain.downstream.segmentation_data import (
+from groundwork.pretrain.downstream.segmentation.data import (
     SegmentationExample,
     SegmentationTransform,
     segmentation_collate,
     segmentation_example,
 )
-from groundwork.pretrain.downstream.segmentation_maps import SegmentationLabels
+from groundwork.pretrain.downstream.segmentation.maps import SegmentationLabels
+from groundwork.pretrain.downstream.segmentation.mean_iou import MeanIou
 from groundwork.pretrain.models.upernet import UperNet, UperNetConfig
 from groundwork.pretrain.objectives.pixels import normalise
 

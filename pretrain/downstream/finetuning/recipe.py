@@ -14,9 +14,11 @@ from pydantic import ConfigDict, Discriminator, Tag
 
 from groundwork.pretrain.downstream.backbone import BackboneConfig
 from groundwork.pretrain.downstream.classification import ClassificationTask
-from groundwork.pretrain.downstream.dino_detection import DinoDetectionTask
-from groundwork.pretrain.downstream.instance_segmentation import InstanceSegmentationTask
-from groundwork.pretrain.downstream.semantic_segmentation import SemanticSegmentationTask
+from groundwork.pretrain.downstream.detection.dino import DinoDetectionTask
+from groundwork.pretrain.downstream.detection.instance_segmentation import InstanceSegmentationTask
+from groundwork.pretrain.downstream.segmentation.semantic_segmentation import (
+    SemanticSegmentationTask,
+)
 from groundwork.pretrain.engine.checkpoint import CheckpointConfig
 from groundwork.pretrain.engine.ema import EmaConfig
 from groundwork.pretrain.engine.monitor import MonitorConfig
@@ -37,7 +39,7 @@ from groundwork.pretrain.training_data import CacheSettings, check_block
 
 __all__ = ["FINETUNE_RECIPES", "FinetuneRecipe", "RecipeError", "load_finetune_recipe"]
 
-FINETUNE_RECIPES: Final = Path(__file__).parent.parent / "recipes" / "finetune"
+FINETUNE_RECIPES: Final = Path(__file__).parents[2] / "recipes" / "finetune"
 #: Of steps and of samples in one: their product, the position in the stream, stays below 2**63.
 MAX_COUNT: Final = 2**31 - 1
 

@@ -16,8 +16,8 @@ from torchvision.models.detection.image_list import ImageList
 from groundwork.data.dataset import Dataset
 from groundwork.data.samples import Sample
 from groundwork.pretrain.downstream.backbone import BackboneConfig, build_backbone
-from groundwork.pretrain.downstream.coco_evaluation import CocoEvaluator
-from groundwork.pretrain.downstream.detection_data import (
+from groundwork.pretrain.downstream.detection.coco_evaluation import CocoEvaluator
+from groundwork.pretrain.downstream.detection.data import (
     DetectionExample,
     DetectionTransform,
     detection_collate,

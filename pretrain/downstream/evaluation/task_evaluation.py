@@ -4,20 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from groundwork.data.dataset import Dataset, open_dataset
-from groundwork.pretrain.downstream.finetune import build_task
-from groundwork.pretrain.downstream.finetune_checkpoint import (
+from groundwork.pretrain.downstream.evaluation.frozen import evaluation_device
+from groundwork.pretrain.downstream.finetuning.checkpoint import (
     finetuned_weights,
     is_finetuned,
     read_finetune_state,
 )
-from groundwork.pretrain.downstream.finetune_engine import moved
-from groundwork.pretrain.downstream.finetune_evaluation import SplitReading, evaluate_split
-from groundwork.pretrain.downstream.finetune_recipe import (
+from groundwork.pretrain.downstream.finetuning.engine import moved
+from groundwork.pretrain.downstream.finetuning.evaluation import SplitReading, evaluate_split
+from groundwork.pretrain.downstream.finetuning.recipe import (
     FinetuneRecipe,
     finetune_recipe_from_dict,
     load_finetune_recipe,
 )
-from groundwork.pretrain.downstream.frozen_evaluation import evaluation_device
+from groundwork.pretrain.downstream.finetuning.run import build_task
 from groundwork.pretrain.downstream.task import Task
 from groundwork.pretrain.engine.checkpoint import CheckpointError, require_checkpoint
 from groundwork.pretrain.engine.deepspeed_config import World

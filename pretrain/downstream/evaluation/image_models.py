@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from groundwork.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
-from groundwork.pretrain.downstream.finetune_checkpoint import is_finetuned, read_finetune_state
-from groundwork.pretrain.downstream.finetune_recipe import (
-    WeightsConfig,
-    finetune_recipe_from_dict,
-)
-from groundwork.pretrain.downstream.initial_weights import (
+from groundwork.pretrain.downstream.finetuning.checkpoint import is_finetuned, read_finetune_state
+from groundwork.pretrain.downstream.finetuning.initial_weights import (
     load_initial_weights,
     read_backbone_weights,
+)
+from groundwork.pretrain.downstream.finetuning.recipe import (
+    WeightsConfig,
+    finetune_recipe_from_dict,
 )
 from groundwork.pretrain.engine.checkpoint import (
     RECIPE,

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from groundwork.pretrain.downstream.detection_data import GroundTruth, encode_mask
+from groundwork.pretrain.downstream.detection.data import GroundTruth, encode_mask
 
 #: pycocotools' twelve numbers, in its order; of -1 there is nothing to measure in the split.
 METRICS: Final = (
