@@ -38,15 +38,12 @@ from groundwork.pretrain.engine.optimizer import build_optimizer, set_lr
 from groundwork.pretrain.engine.partitioned_init import LARGE, build_partitioned, parameter_count
 from groundwork.pretrain.engine.run_lock import locked_run
 from groundwork.pretrain.engine.stop import StopRequest
-from groundwork.pretrain.engine.throughput import training_flops
 from groundwork.pretrain.engine.trainer import Loop, train
 from groundwork.pretrain.image_text import (
     ImageTextConfig,
     make_tokenizer,
 )
 from groundwork.pretrain.kinds import DATA, build_objective
-from groundwork.pretrain.models.flops import internimage_macs
-from groundwork.pretrain.models.internimage_config import InternImageConfig
 from groundwork.pretrain.models.klite import KliteConfig
 from groundwork.pretrain.objectives.classification import ClassificationConfig
 from groundwork.pretrain.recipe import (
@@ -56,6 +53,7 @@ from groundwork.pretrain.recipe import (
     recipe_from_dict,
     recipe_to_dict,
 )
+from groundwork.pretrain.sample_flops import flops_per_sample
 from groundwork.pretrain.training_data import TrainingData
 
 TOKENIZER = "tokenizer"
@@ -296,14 +294,6 @@ def engine_settings(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
             f"recipe (its keys: {given}); DeepSpeed's documentation says what each of them takes"
         ) from error
     return settings
-
-
-def flops_per_sample(recipe: Recipe) -> float | None:
-    """Of the model's forward and backward pass; None where nobody has counted it."""
-    if not isinstance(recipe.model, InternImageConfig):
-        return None
-    size = recipe.data.image.size
-    return training_flops(internimage_macs(recipe.model, size, size))
 
 
 def _build_engine(

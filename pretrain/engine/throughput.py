@@ -55,14 +55,12 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 
 def throughput(
-    samples_per_s: float, flops_per_sample: float | None, devices: int, peak: float | None
+    samples_per_s: float, flops_per_sample: float, devices: int, peak: float | None
 ) -> dict[str, float]:
     """`tflops_per_s` of each device and, where its peak is known, `mfu`, a share of it.
 
-    samples_per_s: of all devices together. Empty where the model's work is not known.
+    samples_per_s: of all devices together.
     """
-    if flops_per_sample is None:
-        return {}
     per_device = samples_per_s * flops_per_sample / devices
     metrics = {"tflops_per_s": per_device / 1e12}
     return metrics if peak is None else {**metrics, "mfu": per_device / peak}

@@ -33,7 +33,7 @@ class Loop:
     set_lr: gives the groups of the optimiser the learning rates of a step (0-based); returns the
         one to be reported.
     after_step: called after each optimiser step with the number of steps done (collective).
-    flops_per_sample: of the model, forward and backward; None if that is not known.
+    flops_per_sample: of the model, forward and backward.
     save: writes a checkpoint after that many steps (collective).
     """
 
@@ -43,7 +43,7 @@ class Loop:
     precision: str
     set_lr: Callable[[torch.optim.Optimizer, int], float]
     after_step: Callable[[int], object]
-    flops_per_sample: float | None
+    flops_per_sample: float
     log_every: int
     save_every: int
     save: Callable[[int], object]

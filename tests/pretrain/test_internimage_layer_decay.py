@@ -130,6 +130,7 @@ def test_every_part_is_that_of_the_summary(shared_golden: Path) -> None:
     for name, entry in json.loads((folder / "summary.json").read_text()).items():
         config, size = InternImageConfig.variant(name.split("_")[1]), entry["input_resolution"]
         split = internimage_mac_split(config, size, size)
+        split["head"] += split.pop("pooling")  # one number there
         assert set(split) == set(ours.values())
         for theirs, expected in entry["gmacs_split"].items():
             assert split[ours[theirs]] / 1e9 == pytest.approx(expected, rel=2e-3, abs=6e-4)

@@ -40,7 +40,6 @@ def test_fp32_has_peaks_with_and_without_tensor_cores() -> None:
 
 
 def test_metrics_are_per_device() -> None:
-    assert throughput(100.0, None, 2, 1e15) == {}
     assert throughput(100.0, 2e12, 2, None) == {"tflops_per_s": 100.0}
     assert throughput(100.0, 2e12, 2, 4e14) == {"tflops_per_s": 100.0, "mfu": 0.25}
 
