@@ -83,6 +83,13 @@ class Browser(ThreadingHTTPServer):
         super().__init__((LOOPBACK, port), _Handler)
         self.collection = collection
         self.scans = threading.BoundedSemaphore(2)
+        self.ended = False
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        try:
+            super().serve_forever(poll_interval)
+        finally:
+            self.ended = True
 
     @property
     def url(self) -> str:
@@ -92,10 +99,11 @@ class Browser(ThreadingHTTPServer):
         return f"http://{LOOPBACK}:{self.server_address[1]}/{place}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that leaves in the middle of an answer is no error; all else is shown."""
+        """A browser that leaves in the middle of an answer is no error, nor is an answer that is
+        cut off by the end of this process; all else is shown."""
         import sys
 
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+        if not self.ended and not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
