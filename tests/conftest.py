@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from groundwork.data.knowledge.index import KnowledgeIndex
@@ -22,9 +23,19 @@ from groundwork.data.shards import write_shards
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure() -> None:
+    """One thread, here and in the jobs that tests start, unless the caller says otherwise.
+
+    Models as small as those of tests gain nothing from more, and on a busy machine threads that
+    wait for each other take many times as long.
+    """
+    threads = os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(threads))
+
+
 @pytest.fixture(autouse=True)
 def environment_as_before() -> Iterator[None]:
-    """Training in this process sets OMP_NUM_THREADS, RANK, ...: no later job shall inherit them."""
+    """Training in this process sets RANK and so on, which no later job shall inherit."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():

@@ -1,7 +1,6 @@
 """DCNv3 against the official code's results, a slow independent oracle and torchvision."""
 
 import json
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,6 @@ from groundwork.kernels.dcnv3_reference import dcnv3_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "internimage"
 CASES = json.loads((GOLDEN / "cases.json").read_text())["op"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw_inputs(

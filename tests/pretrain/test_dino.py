@@ -1,7 +1,7 @@
 """DINO part by part, against transformers, loops and brute force; and that it learns."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,15 +47,6 @@ TINY = DinoConfig(
     queries=12, width=32, heads=4, points=2, encoder_layers=1, decoder_layers=3, hidden=48
 )
 TINY_BACKBONE = InternImageConfig(channels=16, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine take many times as long on small maps."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def deformable_inputs(coordinates: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -49,14 +49,6 @@ LABELS = ("disc", "bar", "ring")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
 def own_code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """transformers copies the code of a folder to a cache of the user's."""
     with pytest.MonkeyPatch.context() as patch:

@@ -1,7 +1,6 @@
 """The exported code of InternImage beside ours and the official results: numbers and training."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,14 +71,6 @@ CONFIGS = {
         center_feature_scale=True,
     ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomised(config: InternImageConfig) -> InternImage:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,14 +40,6 @@ CLIP = replace(
     clip_dim=48,
 )
 FLASH = replace(CONFIG, core="dcnv4", num_classes=0, remove_center=True, offset_scale=0.5)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomised(config: InternImageConfig) -> InternImage:

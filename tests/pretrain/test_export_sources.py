@@ -1,7 +1,7 @@
 """Where exports come from: runs of pretraining and fine-tuning, and files of official weights."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,6 @@ from groundwork.pretrain.weights.trained import Trained, load_full_buffers
 
 SIZES = ("channels=16", "depths=[1,1,1,1]", "groups=[1,2,4,8]")
 NAMES = ("red disc", "green disc", "blue disc", "red bar", "green bar", "blue bar")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(recipe: Recipe, shards: Path) -> Trained:

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,6 @@ DTYPES = pytest.mark.parametrize(
     # float64 is limited by the rounding of the stored float32 results.
     [(torch.float64, 1e-6, 1e-6), (torch.float32, 1e-4, 1e-4)],
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def load(name: str) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """FlashInternImage: the DCNv4 layer against a slow one, its names, and its first steps."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,14 +21,6 @@ TINY = InternImageConfig(
     mlp_fc2_bias=False,
     drop_path=0.0,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def slow_layer(layer: DCNv4, x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ The whole models are kept beside the repository; `test_internimage.py` has the p
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,6 @@ PRECISIONS = pytest.mark.parametrize(
     ids=["float64", "float32"],
 )
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """InternImage's memory layout, its compilation, and how others take features from it."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,14 +34,6 @@ H_LIKE = replace(
 L_LIKE = replace(T_LIKE, norm="post_norm", layer_scale=0.1, offset_scale=2.0)
 FLASH = replace(T_LIKE, core="dcnv4", dw_kernel_size=None, mlp_fc2_bias=False)
 CONFIGS = {"T": T_LIKE, "L": L_LIKE, "H": H_LIKE, "flash": FLASH}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomised(config: InternImageConfig, seed: int = 0) -> InternImage:

@@ -1,7 +1,6 @@
 """Swin, text transformer and K-LITE against the official code: names, results, gradients."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,14 +37,6 @@ TINY = KliteConfig(
     text=TextConfig(vocab_size=600, context_length=12, width=16, layers=2, heads=2),
     projection_dim=8,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Golden:

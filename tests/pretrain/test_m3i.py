@@ -1,7 +1,6 @@
 """The M3I objective: against formulas, oracles as decoder, and pixels that must not count."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -37,14 +36,6 @@ IMAGE = InternImageTower(
     drop_path=0.2,
 )
 CONFIG = M3iConfig(decoder_depth=2, decoder_width=32, decoder_heads=4, mix_share=0.25, block_rows=3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def objective(config: M3iConfig = CONFIG, image: InternImageTower = IMAGE) -> M3i:

@@ -5,7 +5,7 @@ import os
 import pickle
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,6 @@ CONFIG = KliteConfig(
     text=TextConfig(vocab_size=100, context_length=16, width=32, layers=2, heads=4),
     projection_dim=24,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def check_features(model: Klite) -> None:

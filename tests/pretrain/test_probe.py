@@ -1,7 +1,6 @@
 """k-NN and linear probe against slow or foreign implementations, and the commands."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +24,6 @@ from groundwork.pretrain.models.internimage import InternImage, InternImageConfi
 from groundwork.pretrain.models.internimage_config import InternImageConfig as Config
 
 SPLIT = "heldout_renderings"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Products as small as these are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def clouds(seed: int, classes: int = 7, each: int = 30, width: int = 5) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """`groundwork inspect sampling`: positions of the real op, and receptive fields within theirs."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,14 +27,6 @@ from groundwork.pretrain.models.internimage_config import InternImageConfig
 from groundwork.pretrain.weights.internimage import save_internimage
 
 TINY = InternImageConfig(num_classes=0, channels=16, depths=(1, 1, 2, 1), groups=(1, 2, 4, 8))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(config: InternImageConfig, seed: int = 0) -> InternImage:

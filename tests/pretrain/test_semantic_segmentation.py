@@ -1,6 +1,5 @@
 """UperNet over InternImage: transformers' outputs and loss, the published sizes, and learning."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,15 +29,6 @@ LABELS = SegmentationLabels(
     member="instances.png",
     instance_field="shape",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine take many times as long on small maps."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class NoConcepts(NamedTuple):

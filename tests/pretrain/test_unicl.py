@@ -1,7 +1,6 @@
 """The UniCL loss against golden values, a naive float64 loss, and four real processes."""
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,6 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "klite" / "unicl_loss.npz"
 CASES = ("all_unique", "duplicates", "mixed", "all_same", "large_scale", "four_ranks")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 WORLD = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def load(case: str) -> dict[str, Tensor]:
