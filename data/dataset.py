@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from glob import glob, has_magic
 from pathlib import Path
 
@@ -157,6 +157,22 @@ def open_dataset(
     dataset = _open(shards, split, cache)
     dataset.reader = reader
     return dataset
+
+
+def require_two_splits(splits: Mapping[str, Dataset], where: str) -> None:
+    """Raise ShardError where splits of two names are the same samples.
+
+    So they are in plain tars, which know no splits: what is measured on one of them would be
+    measured on what was trained on. splits: two data sets by the names they were opened with.
+    """
+    (name, first), (other, second) = splits.items()
+    if first.digest == second.digest:
+        raise ShardError(
+            f"{where}: these tars have no splits, {name!r} and {other!r} are the same "
+            f"{len(first):,} samples. Name the tars of each by a pattern "
+            f"({other}-*.tar; for the evaluation of a recipe in data.evaluation_shards), or build "
+            "a data set with splits from them (groundwork shards build --help)"
+        )
 
 
 def _open(shards: str, split: str, cache: CacheConfig | None) -> Dataset:

@@ -94,7 +94,12 @@ def task(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 1,
     workers: Workers = 2,
-    bad_sample_budget: Budget = 0.001,
+    bad_sample_budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of pictures that may be bad; by default the recipe's."
+        ),
+    ] = None,
     ema: Ema = True,
     out: Out = None,
 ) -> None:
@@ -108,7 +113,8 @@ def task(
         from groundwork.pretrain.downstream.finetuning.evaluation import SplitReading
 
         trained = load_task(checkpoint, recipe=recipe, shards=shards, split=split, ema=ema)
-        reading = SplitReading(batch, workers, budget=bad_sample_budget)
+        budget = trained.budget if bad_sample_budget is None else bad_sample_budget
+        reading = SplitReading(batch, workers, budget=budget)
         return {"checkpoint": trained.source, **evaluate_task(trained, reading)}
 
     raise typer.Exit(reporting(lambda: _report(run, out)))
@@ -199,7 +205,7 @@ def _features(
     ema: bool,
 ) -> tuple[dict[str, Any], Any, Any]:
     """(what was read, features of the training split, and of the test split)."""
-    from groundwork.data.dataset import open_dataset
+    from groundwork.data.dataset import open_dataset, require_two_splits
     from groundwork.pretrain.downstream.evaluation.frozen import split_features
     from groundwork.pretrain.downstream.evaluation.image_models import (
         load_image_model,
@@ -210,6 +216,8 @@ def _features(
     model = load_image_model(checkpoint, variant=variant, ema=ema)
     where = require_shards(model, shards)
     datasets = [open_dataset(where, split) for split in splits]
+    if splits[0] != splits[1]:
+        require_two_splits(dict(zip(splits, datasets, strict=True)), where)
     image = model.image if size is None else replace(model.image, size=size)
     reading = SplitReading(batch, workers, budget=budget)
     known, asked = (split_features(model, dataset, image, reading) for dataset in datasets)

@@ -106,6 +106,9 @@ class TopK:
     def records(self) -> list[Any]:
         return list(self._ranks)
 
+    def names(self) -> list[str]:
+        return ["top1", "top5"]
+
     def result(self, records: Sequence[Any]) -> dict[str, float]:
         ranks = np.asarray(records, np.int64)
         return {

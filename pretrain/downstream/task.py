@@ -22,6 +22,9 @@ class Evaluator(Protocol):
     def records(self) -> list[Any]:
         """What this rank has collected: plain values and arrays, to be gathered over ranks."""
 
+    def names(self) -> list[str]:
+        """Of the metrics that `result` can have, the first one first."""
+
     def result(self, records: Sequence[Any]) -> dict[str, float]:
         """The metrics, from the records of all ranks."""
 

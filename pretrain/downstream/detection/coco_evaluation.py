@@ -19,9 +19,6 @@ METRICS: Final = (
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
     *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
 )
-#: Detections of a picture that count, those of highest score.
-MAX_DETECTIONS: Final = 100
-
 Kind = Literal["box", "mask"]
 
 
@@ -42,7 +39,7 @@ class CocoEvaluator:
 
         predictions: one for each picture: boxes (n, 4) as [left, top, right, bottom] in pixels of
             the original picture, scores (n,), labels (n,), and with `masks` also masks (n, H, W),
-            bool, of the original picture's size. The 100 of highest score are kept.
+            bool, of the original picture's size. Of each class, the 100 of highest score count.
         batch: its `targets`, as `detection_example` makes them without a generator.
         """
         for prediction, target in zip(predictions, batch["targets"], strict=True):
@@ -52,7 +49,6 @@ class CocoEvaluator:
                     f"CocoEvaluator: {target['image_id']} has no masks to compare with; make the "
                     "examples with masks=True"
                 )
-            best = prediction["scores"].topk(min(MAX_DETECTIONS, len(prediction["scores"])))
             record = {
                 "image_id": target["image_id"],
                 "size": tuple(target["orig_size"]),
@@ -64,12 +60,12 @@ class CocoEvaluator:
                     "rles": truth.rles if self.masks else None,
                 },
                 "source_id": truth.source_id,
-                "boxes": _array(prediction["boxes"][best.indices]),
-                "scores": _array(best.values),
-                "labels": _array(prediction["labels"][best.indices]),
+                "boxes": _array(prediction["boxes"]),
+                "scores": _array(prediction["scores"]),
+                "labels": _array(prediction["labels"]),
             }
             if self.masks:
-                masks = _array(prediction["masks"][best.indices])
+                masks = _array(prediction["masks"])
                 if masks.shape[1:] != record["size"]:
                     raise ValueError(
                         f"CocoEvaluator: {target['image_id']} has masks of {masks.shape[1:]}; the "
@@ -81,14 +77,18 @@ class CocoEvaluator:
     def records(self) -> list[Any]:
         return self._records
 
+    def names(self) -> list[str]:
+        kinds = ("box", "mask") if self.masks else ("box",)
+        per_class = (f"{kind}_ap/{name}" for kind in kinds for name in self.class_names)
+        return [*(f"{kind}_{name}" for kind in kinds for name in METRICS), *per_class]
+
     def result(self, records: Sequence[Any]) -> dict[str, float]:
         """`box_ap`, `box_ap50`, ... and `mask_ap`, ...: see METRICS; 0 to 1, or -1 for no value.
 
-        `box_ap/NAME` is the AP of a class, for those of which the split has objects. A picture that
-        several ranks saw counts once.
+        `box_ap/NAME` is the AP of a class, for those of which the split has objects. Pictures are
+        told apart by their records: keys repeat where tars of several sources lie together.
         """
-        by_picture = {record["image_id"]: record for record in records}
-        ordered = [by_picture[key] for key in sorted(by_picture)]
+        ordered = sorted(records, key=lambda record: record["image_id"])
         if not ordered:
             raise ValueError("CocoEvaluator: no picture was evaluated; is the split empty?")
         kinds: tuple[Kind, ...] = ("box", "mask") if self.masks else ("box",)

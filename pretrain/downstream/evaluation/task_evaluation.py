@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from groundwork.data.dataset import Dataset, open_dataset
 from groundwork.pretrain.downstream.evaluation.frozen import evaluation_device
 from groundwork.pretrain.downstream.finetuning.checkpoint import (
@@ -27,11 +29,17 @@ from groundwork.pretrain.weights.official import read_file
 
 @dataclass(frozen=True)
 class TrainedTask:
-    """A task with its weights, and the split it is to be measured on. source: what was read."""
+    """A task with its weights, and the split it is to be measured on.
+
+    source: what was read. bf16: compute under autocast, as the run itself did. budget: the share of
+    bad samples that the run allowed.
+    """
 
     task: Task
     dataset: Dataset
     source: str
+    bf16: bool
+    budget: float
 
 
 def load_task(
@@ -57,7 +65,7 @@ def load_task(
             task.model.load_state_dict(rcnn_from_mmdet(state))
         except (ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not of the detector of {recipe}: {error}") from error
-        return TrainedTask(task, dataset, source)
+        return TrainedTask(task, dataset, source, False, known.data.bad_sample_budget)
     checkpoint = require_checkpoint(path)
     if not is_finetuned(checkpoint):
         raise CheckpointError(
@@ -76,7 +84,8 @@ def load_task(
             f"{checkpoint}: its weights do not fit {dataset.where(0)[0]}, which may have other "
             f"classes than the run was trained on: {error}"
         ) from error
-    return TrainedTask(task, dataset, str(checkpoint))
+    bf16, budget = known.train.precision == "bf16", known.data.bad_sample_budget
+    return TrainedTask(task, dataset, str(checkpoint), bf16, budget)
 
 
 def evaluate_task(trained: TrainedTask, reading: SplitReading) -> dict[str, float]:
@@ -84,9 +93,10 @@ def evaluate_task(trained: TrainedTask, reading: SplitReading) -> dict[str, floa
     device = evaluation_device()
     model = trained.task.model.to(device).eval()
     world = World(0, 1, 0, device)
-    return evaluate_split(
-        model, trained.task, trained.dataset, reading, world, lambda batch: moved(batch, device)
-    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=trained.bf16):
+        return evaluate_split(
+            model, trained.task, trained.dataset, reading, world, lambda batch: moved(batch, device)
+        )
 
 
 def _open(recipe: FinetuneRecipe, shards: str | None, split: str | None) -> Dataset:

@@ -62,8 +62,7 @@ class FinetuneState:
 
     step: steps done. spread: how the weights were parted (plain, deepspeed, fsdp). recipe:
     resolved, as JSON values. classes: width of a classifier's head, else None. dataset: digest of
-    the training split. bad_samples: quarantined so far. best: {"step", "metric", "value"} of the
-    best evaluation so far, or None. ema_updates: of the average.
+    the training split. bad_samples: quarantined so far. ema_updates: of the average.
     """
 
     step: int
@@ -73,16 +72,20 @@ class FinetuneState:
     classes: int | None
     dataset: str
     bad_samples: int
-    best: Mapping[str, Any] | None
     ema_updates: int = 0
 
 
 def save_finetuned(
-    engine: Engine, ema: Ema | None, out: Path, state: FinetuneState, keep: int
+    engine: Engine,
+    ema: Ema | None,
+    out: Path,
+    state: FinetuneState,
+    keep: int,
+    best: int | None = None,
 ) -> Path:
     """Write a checkpoint. Collective; returns its folder when it is complete.
 
-    keep: how many of the last stay; the best one stays, too.
+    keep: how many of the last stay. best: the step of one that stays besides, if it is there.
     """
     world = engine.world
     folder, name = out / FOLDER, f"step-{state.step:08d}"
@@ -112,17 +115,22 @@ def save_finetuned(
     if world.is_main:
         _publish(working, folder / name, state)
         write_atomically(folder / LATEST, name.encode())
-        kept = {p.name for p in complete_checkpoints(out)[-keep:]}
-        if state.best is not None:
-            best = f"step-{state.best['step']:08d}"
-            if (folder / best / RECORD).is_file():
-                write_atomically(folder / BEST, best.encode())
-                kept.add(best)
-        for old in complete_checkpoints(out):
-            if old.name not in kept:
-                shutil.rmtree(old, ignore_errors=True)
+        keep_last_and_best(out, keep, best)
     dist.barrier()
     return folder / name
+
+
+def keep_last_and_best(out: Path, keep: int, best: int | None) -> None:
+    """Delete all checkpoints but the last `keep` and that of the step `best`; point to that one."""
+    kept = {path.name for path in complete_checkpoints(out)[-keep:]}
+    if best is not None:
+        name = f"step-{best:08d}"
+        if (out / FOLDER / name / RECORD).is_file():
+            write_atomically(out / FOLDER / BEST, name.encode())
+            kept.add(name)
+    for old in complete_checkpoints(out):
+        if old.name not in kept:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def load_finetuned(engine: Engine, ema: Ema | None, checkpoint: Path) -> FinetuneState:

@@ -72,7 +72,7 @@ def _evaluate(
         problems += found
         seen += size
         if batch is None and filler is None:
-            filler = _any_batch(task, dataset)
+            filler = any_batch(task, dataset)
         data = to_device(filler if batch is None else batch)
         filler = filler if batch is None else batch
         with torch.no_grad():
@@ -139,8 +139,8 @@ def _identity(fetched: Any) -> Any:
     return fetched
 
 
-def _any_batch(task: Task, dataset: Dataset) -> dict[str, Any]:
-    """A batch of one good sample, for a rank that has none."""
+def any_batch(task: Task, dataset: Dataset) -> dict[str, Any]:
+    """A batch of one good sample, for a rank that has none. Raises BadDataError."""
     errors = []
     for number in range(min(TRIES, len(dataset))):
         try:

@@ -1,80 +1,24 @@
 """The loop of fine-tuning: steps, metrics, evaluations, checkpoints."""
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from groundwork.data.atomic import write_atomically
 from groundwork.data.stream import Stream
 from groundwork.pretrain.downstream.finetuning.engine import Engine, number
-from groundwork.pretrain.downstream.finetuning.recipe import EvaluationConfig
+from groundwork.pretrain.downstream.finetuning.evaluations import Evaluations
 from groundwork.pretrain.downstream.task import Task
 from groundwork.pretrain.engine.ema import Ema
 from groundwork.pretrain.engine.faults import Quarantine
 from groundwork.pretrain.engine.monitor import Monitor
 from groundwork.pretrain.engine.stop import StopRequest
 from groundwork.pretrain.engine.trainer import DivergedError
-from groundwork.pretrain.recipe_yaml import RecipeError
-
-EVALUATIONS: Final = "evaluations.jsonl"
-RESULTS: Final = "results.json"
-
-
-@dataclass
-class Evaluations:
-    """The evaluations of a run, and the best of them.
-
-    best: {"step", "metric", "value"} or None.
-    """
-
-    out: Path
-    config: EvaluationConfig
-    is_main: bool
-    best: dict[str, Any] | None = None
-    last: dict[str, float] = field(default_factory=dict)
-
-    def forget_after(self, step: int) -> None:
-        """Drop lines of steps that a resumed run will repeat, and a line cut off by a kill."""
-        path = self.out / EVALUATIONS
-        if not self.is_main or not path.is_file():
-            return
-        kept = []
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-
-    def add(self, step: int, result: dict[str, float]) -> bool:
-        """Note a result, the same on all ranks. Returns whether it is the best so far."""
-        metric = self.config.metric or next(iter(result))
-        if metric not in result:
-            raise RecipeError(
-                f"evaluation.metric is {metric!r}; the task measures {', '.join(result)}"
-            )
-        self.last = result
-        value = result[metric]
-        sign = 1 if self.config.larger_is_better else -1
-        is_best = self.best is None or sign * value > sign * self.best["value"]
-        if is_best:
-            self.best = {"step": step, "metric": metric, "value": value}
-        if self.is_main:
-            record = {"step": step, **result}
-            with (self.out / EVALUATIONS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            results = {"last": record, "best": self.best}
-            write_atomically(self.out / RESULTS, json.dumps(results, indent=1).encode())
-        return is_best
 
 
 @dataclass(frozen=True)
@@ -82,8 +26,8 @@ class FinetuneLoop:
     """What the loop is told.
 
     first_step, steps: steps done already, and to be done in all. save: writes a checkpoint after
-    that many steps (collective). evaluate: the metrics of the evaluation split (collective), or
-    None where there is none.
+    that many steps (collective). keep_best: that checkpoint is the best from now on. evaluate: the
+    metrics of the evaluation split (collective), or None where there is none.
     """
 
     first_step: int
@@ -92,6 +36,7 @@ class FinetuneLoop:
     save_every: int
     evaluate_every: int | None
     save: Callable[[int], object]
+    keep_best: Callable[[int], object]
     evaluate: Callable[[], dict[str, float]] | None
     workers: int
     prefetch: int
@@ -117,7 +62,8 @@ def finetune_steps(
     """Train until the last step, or until asked to stop. Returns the number of steps done.
 
     Whatever ends the loop in good order, the last step done is saved. What is saved knows its bad
-    samples and has a finite loss.
+    samples and has a finite loss. What is evaluated has been saved before: an evaluation that
+    fails, or that a kill ends, costs no training, and is made up for when the run goes on.
     """
     plan, world = engine.plan, engine.world
     batches = stream.batches(
@@ -129,6 +75,19 @@ def finetune_steps(
         prefetch=loop.prefetch,
         pin_memory=world.device.type == "cuda",
     )
+
+    def evaluate(step: int) -> None:
+        assert loop.evaluate is not None
+        result = loop.evaluate()
+        if evaluations.add(step, result):
+            loop.keep_best(step)
+        # what is of a single class is in the file of evaluations
+        shown = "  ".join(f"{k} {value:.4g}" for k, value in result.items() if "/" not in k)
+        monitor.say(f"step {step}: {shown}")
+
+    first = loop.first_step
+    if first and loop.evaluates_at(first) and not evaluations.has(first):
+        evaluate(first)
     engine.model.train()
     began = since_log = time.monotonic()
     waited, done, saved, logged = 0.0, loop.first_step, loop.first_step, loop.first_step
@@ -174,19 +133,13 @@ def finetune_steps(
                 monitor.log(metrics)
                 since_log, waited, logged = time.monotonic(), 0.0, done
             _check_finite(done, means["loss"], grad_norm)
-        if evaluates:
-            assert loop.evaluate is not None
-            paused = time.monotonic()
-            result = loop.evaluate()
-            # the best is kept, so it must be there
-            saves |= evaluations.add(done, result)
-            # what is of a single class is in the file of evaluations
-            shown = "  ".join(f"{k} {value:.4g}" for k, value in result.items() if "/" not in k)
-            monitor.say(f"step {done}: {shown}")
-            since_log += time.monotonic() - paused
-        if saves or done == loop.steps:
+        if saves or evaluates or done == loop.steps:
             loop.save(done)
             saved = done
+        if evaluates:
+            paused = time.monotonic()
+            evaluate(done)
+            since_log += time.monotonic() - paused
     if done > saved:
         means = _over_ranks(losses, 0.0, quarantine, done * plan.global_batch, engine)
         _check_finite(done, means["loss"], number(norm))

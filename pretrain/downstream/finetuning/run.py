@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from groundwork.data.atomic import write_atomically
 from groundwork.data.batch_plan import BatchPlan
-from groundwork.data.dataset import Dataset, open_dataset
+from groundwork.data.dataset import Dataset, open_dataset, require_two_splits
 from groundwork.data.stream import Source, Stream
 from groundwork.kernels.member_reader import find_member_reader
 from groundwork.pretrain.downstream.classification import build_classification
@@ -24,19 +25,21 @@ from groundwork.pretrain.downstream.detection.instance_segmentation import (
 from groundwork.pretrain.downstream.finetuning.checkpoint import (
     FinetuneState,
     is_finetuned,
+    keep_last_and_best,
     load_finetuned,
     read_finetune_state,
     save_finetuned,
 )
 from groundwork.pretrain.downstream.finetuning.ema import averaged, make_ema
 from groundwork.pretrain.downstream.finetuning.engine import Engine
-from groundwork.pretrain.downstream.finetuning.evaluation import SplitReading, evaluate_split
-from groundwork.pretrain.downstream.finetuning.initial_weights import load_initial_weights
-from groundwork.pretrain.downstream.finetuning.loop import (
-    Evaluations,
-    FinetuneLoop,
-    finetune_steps,
+from groundwork.pretrain.downstream.finetuning.evaluation import (
+    SplitReading,
+    any_batch,
+    evaluate_split,
 )
+from groundwork.pretrain.downstream.finetuning.evaluations import Evaluations
+from groundwork.pretrain.downstream.finetuning.initial_weights import load_initial_weights
+from groundwork.pretrain.downstream.finetuning.loop import FinetuneLoop, finetune_steps
 from groundwork.pretrain.downstream.finetuning.recipe import (
     FinetuneRecipe,
     finetune_differences,
@@ -130,7 +133,24 @@ def open_finetune_data(recipe: FinetuneRecipe) -> FinetuneSplits:
         shards = data.evaluation_shards or data.shards
         evaluation = open_dataset(shards, data.evaluation_split, cache=cache, reader=reader)
     train = open_dataset(data.shards, data.split, cache=cache, reader=reader)
+    if evaluation is not None and data.evaluation_split not in (None, data.split):
+        require_two_splits({data.split: train, data.evaluation_split: evaluation}, data.shards)
     return FinetuneSplits(train, evaluation)
+
+
+def check_evaluation(recipe: FinetuneRecipe, task: Task, data: FinetuneSplits) -> None:
+    """Raises RecipeError or BadDataError where the evaluation could not be made.
+
+    It would otherwise show after the first steps of training, or after all.
+    """
+    metric, names = recipe.evaluation.metric, task.evaluator().names()
+    if metric is not None and metric not in names:
+        near = get_close_matches(metric, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        shown = ", ".join(name for name in names if "/" not in name)
+        raise RecipeError(f"evaluation.metric is {metric!r}; the task measures {shown}{hint}")
+    if data.evaluation is not None:
+        any_batch(task, data.evaluation)
 
 
 def check_finetune_inputs(recipe: FinetuneRecipe, out: Path) -> FinetuneSplits:
@@ -215,6 +235,7 @@ def _finetune(
             write_atomically(out / WEIGHTS, report.to_json().encode())
     plan = finetune_plan(recipe, world.size, world.rank)
     check_batch(recipe, task, plan)
+    check_evaluation(recipe, task, data)
     engine = Engine(accelerator, task, recipe, plan, world)
     ema = None if recipe.ema is None else make_ema(engine, recipe.ema)
     _seed_rank(recipe.train.seed, world)
@@ -226,11 +247,10 @@ def _finetune(
         classes=getattr(task, "num_classes", None),
         dataset=data.train.digest,
         bad_samples=0,
-        best=None,
     )
     if checkpoint is not None:
         saved = load_finetuned(engine, ema, checkpoint)
-        state = replace(state, step=saved.step, bad_samples=saved.bad_samples, best=saved.best)
+        state = replace(state, step=saved.step, bad_samples=saved.bad_samples)
     if world.is_main:
         write_atomically(out / RECIPE, yaml.safe_dump(dict(state.recipe), sort_keys=False).encode())
     return _train(recipe, out, engine, task, ema, stop, data, state, checkpoint)
@@ -262,19 +282,23 @@ def _train(
         position=state.step * batch,
         is_main=world.is_main,
     )
-    best = None if state.best is None else dict(state.best)
-    evaluations = Evaluations(out, recipe.evaluation, world.is_main, best)
-    evaluations.forget_after(state.step)
+    evaluations = Evaluations(out, recipe.evaluation, world.is_main)
+    evaluations.resume(state.step)
 
     def save(step: int) -> Path:
         now = replace(
             state,
             step=step,
             bad_samples=quarantine.count,
-            best=evaluations.best,
             ema_updates=0 if ema is None else ema.updates,
         )
-        return save_finetuned(engine, ema, out, now, recipe.checkpoint.keep)
+        best = evaluations.best
+        step_of_best = None if best is None else best["step"]
+        return save_finetuned(engine, ema, out, now, recipe.checkpoint.keep, step_of_best)
+
+    def keep_best(step: int) -> None:
+        if world.is_main:
+            keep_last_and_best(out, recipe.checkpoint.keep, step)
 
     def evaluate() -> dict[str, float]:
         assert data.evaluation is not None
@@ -296,6 +320,7 @@ def _train(
                 save_every=recipe.checkpoint.every_steps,
                 evaluate_every=recipe.evaluation.every_steps,
                 save=save,
+                keep_best=keep_best,
                 evaluate=None if data.evaluation is None else evaluate,
                 workers=recipe.data.workers,
                 prefetch=recipe.data.prefetch,

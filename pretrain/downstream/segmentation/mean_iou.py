@@ -6,12 +6,14 @@ left out of the means.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+SCORES: Final = ("mean_iou", "mean_accuracy", "pixel_accuracy")
 
 
 def confusion_matrix(
@@ -55,11 +57,7 @@ def segmentation_scores(
         iou = hits / (true + predicted - hits)
         recall = hits / true
         pixels = hits.sum() / confusion.sum()
-    scores = {
-        "mean_iou": _mean(iou),
-        "mean_accuracy": _mean(recall),
-        "pixel_accuracy": float(pixels),
-    }
+    scores = dict(zip(SCORES, (_mean(iou), _mean(recall), float(pixels)), strict=True))
     for name, value in zip(class_names, iou, strict=False):
         if not np.isnan(value):
             scores[f"iou/{name}"] = float(value)
@@ -88,6 +86,9 @@ class MeanIou:
 
     def records(self) -> list[Any]:
         return [self.confusion.numpy()]
+
+    def names(self) -> list[str]:
+        return [*SCORES, *(f"iou/{name}" for name in self.class_names)]
 
     def result(self, records: Sequence[Any]) -> dict[str, float]:
         empty = np.zeros((self.num_classes, self.num_classes), np.int64)
