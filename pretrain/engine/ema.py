@@ -1,5 +1,6 @@
 """Exponential moving average of the weights, in float32, of plain modules and of ZeRO engines."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,15 +18,22 @@ class EmaConfig:
     """decay: of the average with each optimiser step.
 
     warmup: of the n-th update it is at most (1 + n) / (10 + n), so that a short run does not end
-    with an average of its initial weights.
+    with an average of its initial weights. warmup_steps: if given, it is decay (1 - exp(-n /
+    warmup_steps)) instead, as in mmdetection 2, whose default is 2000.
     """
 
     decay: float = 0.9999
     warmup: bool = True
+    warmup_steps: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay is {self.decay}; it must be in [0, 1)")
+        if self.warmup_steps is not None and (self.warmup_steps < 1 or not self.warmup):
+            raise ValueError(
+                f"ema.warmup_steps is {self.warmup_steps} and ema.warmup {self.warmup}; give at "
+                "least 1 and true, or null for the steps"
+            )
 
 
 class Ema:
@@ -51,10 +59,12 @@ class Ema:
 
     def decay(self) -> float:
         """Of the next update."""
-        n = self.updates + 1
-        return (
-            min(self.config.decay, (1 + n) / (10 + n)) if self.config.warmup else self.config.decay
-        )
+        n, config = self.updates + 1, self.config
+        if not config.warmup:
+            return config.decay
+        if config.warmup_steps is not None:
+            return config.decay * -math.expm1(-n / config.warmup_steps)
+        return min(config.decay, (1 + n) / (10 + n))
 
     @torch.no_grad()
     def update(self) -> None:

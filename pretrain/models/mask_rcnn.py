@@ -33,7 +33,8 @@ class RcnnConfig:
     masks: False leaves the mask head out (Faster R-CNN).
     channels: of the pyramid. anchor_sizes: side of the anchors of each of its five levels, pixels;
         aspect_ratios: height over width.
-    proposals_before_nms: per level, in training and in testing; proposals: per picture.
+    proposals_before_nms: per level, in training and in testing; proposals: per picture, and
+        train_proposals in training (null: as many). Mask R-CNN has 1000, Cascade 2000 in training.
     anchors_per_picture, boxes_per_picture: of which the losses are taken.
     fc_channels: of the box head; mask_channels: of the mask head.
     score_threshold, nms_threshold, detections: of what is reported of a picture.
@@ -45,6 +46,7 @@ class RcnnConfig:
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     proposals_before_nms: tuple[int, int] = (2000, 1000)
     proposals: int = 1000
+    train_proposals: int | None = None
     anchors_per_picture: int = 256
     boxes_per_picture: int = 512
     fc_channels: int = 1024
@@ -71,6 +73,11 @@ class RcnnConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"RcnnConfig: {name} is {getattr(self, name)}; need at least 1")
+        if self.train_proposals is not None and self.train_proposals < 1:
+            raise ValueError(
+                f"RcnnConfig: train_proposals is {self.train_proposals}; give at least 1, or null "
+                "for as many as `proposals`"
+            )
         if min(self.proposals_before_nms) < 1:
             raise ValueError(
                 f"RcnnConfig: proposals_before_nms is {list(self.proposals_before_nms)}; give one "
@@ -92,7 +99,10 @@ def build_proposals(config: RcnnConfig) -> RegionProposalNetwork:
         batch_size_per_image=config.anchors_per_picture,
         positive_fraction=0.5,
         pre_nms_top_n=before_nms,
-        post_nms_top_n={"training": config.proposals, "testing": config.proposals},
+        post_nms_top_n={
+            "training": config.train_proposals or config.proposals,
+            "testing": config.proposals,
+        },
         nms_thresh=0.7,
     )
 

@@ -1,6 +1,7 @@
 """The average of a plain module's weights, against timm's and by hand."""
 
 import io
+import math
 
 import pytest
 import torch
@@ -64,6 +65,19 @@ def test_the_warm_up_forgets_the_initial_weights() -> None:
     torch.testing.assert_close(got.values.view(got.shape), expected)
     assert ema.decay() == 0.25
     assert ema_of_module(nn.Linear(1, 1), EmaConfig()).decay() == pytest.approx(2 / 11)
+
+
+def test_the_exponential_warm_up_is_mmdetections() -> None:
+    momentum, steps = 1e-4, 2000  # of ExpMomentumEMAHook; its iterations begin at 0
+    ema = ema_of_module(nn.Linear(1, 1), EmaConfig(1 - momentum, warmup_steps=steps))
+    for iteration in (0, 1, 500, 2000, 10_000, 65_987):
+        ema.updates = iteration
+        weight = (1 - momentum) * math.exp(-(1 + iteration) / steps) + momentum
+        assert 1 - ema.decay() == pytest.approx(weight, rel=1e-9)
+    with pytest.raises(ValueError, match=r"warmup_steps is 0 and ema\.warmup True"):
+        EmaConfig(warmup_steps=0)
+    with pytest.raises(ValueError, match=r"warmup_steps is 9 and ema\.warmup False"):
+        EmaConfig(warmup=False, warmup_steps=9)
 
 
 def test_applied_within_and_gone_after_even_an_error() -> None:

@@ -3,6 +3,7 @@ import math
 import subprocess
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from groundwork.data.samples import Concept
@@ -27,6 +29,7 @@ from groundwork.pretrain.downstream.finetuning.recipe import (
     FINETUNE_RECIPES,
     load_finetune_recipe,
 )
+from groundwork.pretrain.engine.ema import EmaConfig
 from groundwork.pretrain.engine.optimizer import parameter_groups
 from groundwork.pretrain.models.cascade_rcnn import STAGES, build_cascade_heads
 from groundwork.pretrain.models.feature_pyramid import FeaturePyramid, PyramidRoIAlign
@@ -141,6 +144,17 @@ def test_anchors_have_the_area_and_the_ratio_they_are_named_for() -> None:
         assert sides.prod(1).tolist() == pytest.approx([size**2] * 3)
         assert (sides[:, 1] / sides[:, 0]).tolist() == pytest.approx([0.5, 1, 2])
         assert level.sum().item() == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(("train", "expected"), [(None, 20), (7, 7)])
+def test_training_has_its_own_number_of_proposals(train: int | None, expected: int) -> None:
+    torch.manual_seed(0)
+    rpn = build_proposals(replace(SMALL, train_proposals=train, proposals_before_nms=(200, 200)))
+    images = ImageList(torch.rand(1, 3, SIZE, SIZE), [(SIZE, SIZE)])
+    maps = OrderedDict((str(i), torch.randn(1, 8, SIZE >> i, SIZE >> i)) for i in range(2, 7))
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]])}]
+    assert len(rpn.train()(images, maps, targets)[0][0]) == expected
+    assert len(rpn.eval()(images, maps)[0][0]) == 20
 
 
 # ------------------------------------------------------------------------------ masks
@@ -398,6 +412,7 @@ def test_the_classes_come_from_the_data_set_or_the_recipe() -> None:
         ({"anchor_sizes": (8.0, 16.0)}, r"anchor_sizes is \[8\.0, 16\.0\].*five levels"),
         ({"aspect_ratios": ()}, r"aspect_ratios is \[\]"),
         ({"proposals": 0}, "proposals is 0"),
+        ({"train_proposals": 0}, r"train_proposals is 0.*null for as many as `proposals`"),
         ({"proposals_before_nms": (0, 5)}, r"proposals_before_nms is \[0, 5\]"),
         ({"nms_threshold": 1.5}, r"nms_threshold is 1\.5"),
     ],
@@ -448,6 +463,14 @@ def test_the_recipes_differ_only_where_the_official_configs_do() -> None:
         assert recipe.backbone.layer_scale == 1.0
         assert isinstance(recipe.task, InstanceSegmentationTask)
         assert bool(recipe.task.image.crop_from) == (epochs == 36)
+        assert (recipe.task.image.crop_max_size, recipe.task.image.redraws) == (None, None)
+        is_cascade = "cascade" in name
+        averaged = EmaConfig(0.9999, warmup_steps=2000) if is_cascade and epochs == 36 else None
+        assert recipe.ema == averaged
+        rpn = build_proposals(recipe.task.rcnn)
+        assert rpn.train().post_nms_top_n() == (2000 if is_cascade else 1000)
+        assert rpn.pre_nms_top_n() == 2000
+        assert rpn.eval().post_nms_top_n() == rpn.pre_nms_top_n() == 1000
 
 
 def test_the_backbone_of_a_cascade_learns_slower_towards_its_input() -> None:
