@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from groundwork.data.batch_plan import BatchPlan
+from groundwork.pretrain.downstream.detection.data import DINO_MULTI_SCALE
+from groundwork.pretrain.downstream.detection.dino import DinoDetectionTask
 from groundwork.pretrain.downstream.finetuning.recipe import (
     FinetuneRecipe,
     RecipeError,
@@ -67,6 +69,14 @@ def test_the_official_settings_of_upernet() -> None:
         assert recipe.optimizer.lr == (6e-5 if crop == 512 else 2e-5)
         assert recipe.train.gradient_clipping == (0 if crop == 512 else 0.1)
         assert (recipe.train.steps, recipe.train.global_batch) == (160_000, 16)
+
+
+@pytest.mark.parametrize("size", ["t", "l"])
+def test_the_official_augmentation_of_dino(size: str) -> None:
+    recipe = load_finetune_recipe(f"internimage_{size}_dino_1x")
+    assert recipe.task.image == DINO_MULTI_SCALE  # type: ignore[union-attr]
+    assert DinoDetectionTask().image == DINO_MULTI_SCALE
+    assert (DINO_MULTI_SCALE.crop_max_size, DINO_MULTI_SCALE.max_size) == (4200, 1333)
 
 
 def test_sampling_offsets_are_not_decayed() -> None:

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from groundwork.data.samples import Sample, SampleError
 from groundwork.data.sources.scenes import ScenesConfig, scene_sample
 from groundwork.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from groundwork.pretrain.downstream.detection.data import (
+    DINO_MULTI_SCALE,
     MULTI_SCALE,
     DetectionTransform,
     detection_collate,
@@ -115,6 +117,47 @@ def test_the_multi_scale_transform_has_the_sizes_of_detr() -> None:
     assert all(min(side % 32, -side % 32) <= 1 and 479 <= side <= 800 for side in short)
     assert max(map(max, sizes)) <= 1333
     assert len({round(w / h, 2) for h, w in sizes}) > 4
+
+
+def test_dino_crops_long_pictures_at_their_scale() -> None:
+    # 2000 x 200: within 1333, the shorter side is 133 before the crop, and all of it is kept; else
+    # it is 400 to 600, and a part of 384 to 600 pixels is cut out
+    wide = sample_of(SQUARE, width=2000, height=200)
+
+    def ratios(transform: DetectionTransform) -> list[float]:
+        shapes = (
+            detection_example(wide, transform, 3, rng(n), masks=False).image.shape
+            for n in range(20)
+        )
+        return [w / h for _, h, w in shapes]
+
+    kept = replace(DINO_MULTI_SCALE, redraws=None)
+    cropped = [ratio for ratio in ratios(kept) if ratio < 9]
+    assert 4 < len(cropped) < 16
+    assert max(cropped) <= 600 / 384 + 0.01
+    assert min(ratios(MULTI_SCALE)) > 384 / 133 - 0.05
+
+
+def test_a_crop_without_objects_is_drawn_anew() -> None:
+    corner = replace(SQUARE, xyxy=(0.0, 0.0, 6.0, 6.0), segmentation=((0, 0, 6, 0, 6, 6, 0, 6),))
+    never = DetectionTransform((40,), 200, crop_from=(40,), crop_range=(10, 16), flip=0.0)
+    anew = replace(never, redraws=10)
+    for has_masks in (False, True):
+        lost = 0
+        for n in range(30):
+            _, before = detection_example(sample_of(corner), never, 3, rng(n), masks=has_masks)
+            _, after = detection_example(sample_of(corner), anew, 3, rng(n), masks=has_masks)
+            lost += not len(before["boxes"])
+            assert len(after["boxes"]) == 1 and not after["dropped"]
+            if len(before["boxes"]):  # nothing is drawn anew without need
+                assert torch.equal(before["boxes"], after["boxes"])
+        assert lost > 5
+    # nothing of it is left by any draw
+    thin = Box((40.0, 5.0, 40.1, 30.0), 2, "pole")
+    _, target = detection_example(sample_of(thin), anew, 3, rng(), masks=False)
+    assert target["dropped"] == ("pole: nothing is left of it after the transform",)
+    _, target = detection_example(sample_of(), anew, 3, rng(), masks=False)
+    assert target["boxes"].shape == (0, 4)
 
 
 def test_a_generator_state_decides_all_and_torchs_is_left_alone() -> None:
@@ -242,6 +285,9 @@ def test_samples_that_cannot_be_used_say_why() -> None:
         ({"sizes": ()}, "sizes is empty"),
         ({"sizes": (900, 1400)}, r"sizes is \[900, 1400\]"),
         ({"crop_from": (0,)}, r"crop_from is \[0\]"),
+        ({"crop_from": (1400,)}, r"crop_from is \[1400\].*max_size \(1333\)"),
+        ({"crop_from": (600,), "crop_max_size": 500}, r"of 1 to crop_max_size \(500\)"),
+        ({"redraws": 0}, "redraws is 0"),
         ({"test_size": 1334}, "test_size is 1334"),
         ({"crop_range": (600, 384)}, r"crop_range is \[600, 384\]"),
         ({"flip": 1.5}, r"flip is 1\.5"),

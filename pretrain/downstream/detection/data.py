@@ -8,8 +8,8 @@ Boxes are [left, top, right, bottom] in pixels, (0, 0) the outer corner of the f
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -38,7 +38,10 @@ class DetectionTransform:
     sizes: shorter sides in pixels, one is drawn for each training picture; the longer side is at
         most max_size, the aspect ratio is kept. crop_from: where it is given, half of the pictures
         are first resized to one of these sizes, and a part of crop_range[0] to crop_range[1] pixels
-        a side is cut out, before they are resized to one of `sizes`.
+        a side is cut out, before they are resized to one of `sizes`. crop_max_size: the longer side
+        at most, before that (null: max_size).
+    redraws: how often all of this is drawn anew for a training picture of whose objects it left
+        none (null: never; the picture is then a negative).
     flip: probability of a mirror image. test_size: the shorter side in evaluation (null: the
         largest of `sizes`).
     """
@@ -49,15 +52,19 @@ class DetectionTransform:
     crop_range: tuple[int, int] = (384, 600)
     flip: float = 0.5
     test_size: int | None = None
+    crop_max_size: int | None = None
+    redraws: int | None = None
 
     def __post_init__(self) -> None:
         if not self.sizes:
             raise ValueError("DetectionTransform: sizes is empty; give at least one, such as [800]")
-        for name in ("sizes", "crop_from"):
-            if any(not 1 <= size <= self.max_size for size in getattr(self, name)):
+        limit = "max_size" if self.crop_max_size is None else "crop_max_size"
+        for name, most in (("sizes", "max_size"), ("crop_from", limit)):
+            longest = getattr(self, most)
+            if any(not 1 <= size <= longest for size in getattr(self, name)):
                 raise ValueError(
                     f"DetectionTransform: {name} is {list(getattr(self, name))}; each is a shorter "
-                    f"side of 1 to max_size ({self.max_size}) pixels"
+                    f"side of 1 to {most} ({longest}) pixels"
                 )
         if self.test_size is not None and not 1 <= self.test_size <= self.max_size:
             raise ValueError(
@@ -68,6 +75,10 @@ class DetectionTransform:
             raise ValueError(
                 f"DetectionTransform: crop_range is {list(self.crop_range)}; give least and most"
             )
+        if self.redraws is not None and self.redraws < 1:
+            raise ValueError(
+                f"DetectionTransform: redraws is {self.redraws}; give at least 1, or null for never"
+            )
         if not 0 <= self.flip <= 1:
             raise ValueError(f"DetectionTransform: flip is {self.flip}; it is a probability")
 
@@ -75,7 +86,7 @@ class DetectionTransform:
         """The training transform of {"image", "boxes", "masks"}; draws from torch's generator."""
         resize = v2.RandomShortestSize(self.sizes, self.max_size)
         if self.crop_from:
-            first = v2.RandomShortestSize(self.crop_from, self.max_size)
+            first = v2.RandomShortestSize(self.crop_from, self.crop_max_size or self.max_size)
             crop = v2.Compose([first, RandomSizeCrop(*self.crop_range), resize])
             resize = v2.RandomChoice([resize, crop])
         return v2.Compose([resize, v2.RandomHorizontalFlip(self.flip)])
@@ -83,6 +94,9 @@ class DetectionTransform:
 
 #: DETR's augmentation, as the 3x schedules of Mask R-CNN use it.
 MULTI_SCALE: Final = DetectionTransform(sizes=tuple(range(480, 801, 32)), crop_from=(400, 500, 600))
+#: The same as DINO uses it: long pictures keep their scale before the crop, and a crop without any
+#: object is not trained on.
+DINO_MULTI_SCALE: Final = replace(MULTI_SCALE, crop_max_size=4200, redraws=10)
 
 
 class RandomSizeCrop(v2.Transform):
@@ -201,11 +215,16 @@ def detection_example(
         parts["masks"] = tv_tensors.Mask(torch.from_numpy(drawn))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63)))
-        parts = transform.pipeline()(parts)
+        pipeline = transform.pipeline()
+        # what is redrawn is the picture of before, so that no transform is applied twice
+        original, parts = parts, pipeline(parts)
+        is_whole = _left(parts)
+        for _ in range(transform.redraws or 0):
+            if not kept or is_whole.any():
+                break
+            parts = pipeline(original)
+            is_whole = _left(parts)
     boxes = _plain(parts["boxes"])
-    is_whole = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(1)
-    if masks:
-        is_whole &= _plain(parts["masks"]).flatten(1).any(1).bool()
     dropped += [
         f"{kept[i].category or 'box'}: nothing is left of it after the transform"
         for i in (~is_whole).nonzero().flatten().tolist()
@@ -219,6 +238,15 @@ def detection_example(
     if masks:
         target["masks"] = _plain(parts["masks"])[is_whole]
     return DetectionExample(_plain(parts["image"]), target)
+
+
+def _left(parts: Mapping[str, Tensor]) -> Tensor:
+    """(N,) bool: the objects of which the transform left something."""
+    boxes = _plain(parts["boxes"])
+    is_whole = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(1)
+    if "masks" in parts:
+        is_whole &= _plain(parts["masks"]).flatten(1).any(1).bool()
+    return is_whole
 
 
 def detection_collate(examples: Sequence[DetectionExample]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from groundwork.data.samples import Sample
 from groundwork.pretrain.downstream.backbone import BackboneConfig, build_backbone
 from groundwork.pretrain.downstream.detection.coco_evaluation import CocoEvaluator
 from groundwork.pretrain.downstream.detection.data import (
-    MULTI_SCALE,
+    DINO_MULTI_SCALE,
     DetectionExample,
     DetectionTransform,
     detection_collate,
@@ -38,7 +38,7 @@ class DinoDetectionTask:
 
     kind: Literal["dino_detection"] = "dino_detection"
     num_classes: int | None = None
-    image: DetectionTransform = MULTI_SCALE
+    image: DetectionTransform = DINO_MULTI_SCALE
     head: DinoConfig = field(default_factory=DinoConfig)
     detections: int = 300
 
