@@ -168,10 +168,12 @@ def _load_averages(averages: Averages, checkpoint: Path, world: World) -> None:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint a path stands for: itself, or the last complete one of a run's folder.
+    """The checkpoint a path stands for: itself, the last complete one of a run's folder, or what a
+    run's file `checkpoints/latest` or `checkpoints/best` names.
 
     None where the folder holds none. Falls back to earlier ones if `latest` points nowhere.
     """
+    path = follow_pointer(path)
     if (path / RECORD).is_file():
         return path
     latest = path / FOLDER / LATEST
@@ -182,6 +184,15 @@ def find_checkpoint(path: Path) -> Path | None:
             return named
     complete = complete_checkpoints(path)
     return complete[-1] if complete else None
+
+
+def follow_pointer(path: Path) -> Path:
+    """The folder of a checkpoint that a file in `checkpoints/` names; any other path itself."""
+    if path.parent.name == FOLDER and path.is_file():
+        named = path.parent / Path(path.read_text("utf-8", errors="replace").strip()).name
+        if (named / RECORD).is_file():
+            return named
+    return path
 
 
 def require_checkpoint(path: Path) -> Path:

@@ -9,7 +9,12 @@ import torch
 from groundwork.pretrain.downstream.finetuning.checkpoint import is_finetuned, read_finetune_state
 from groundwork.pretrain.downstream.finetuning.initial_weights import read_backbone_weights
 from groundwork.pretrain.downstream.finetuning.recipe import finetune_recipe_from_dict
-from groundwork.pretrain.engine.checkpoint import CheckpointError, find_checkpoint, read_state
+from groundwork.pretrain.engine.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    follow_pointer,
+    read_state,
+)
 from groundwork.pretrain.models.internimage import InternImage
 from groundwork.pretrain.models.internimage_config import VARIANTS, InternImageConfig
 from groundwork.pretrain.models.internimage_weights import OfficialWeightsError, official_names
@@ -31,6 +36,7 @@ def find_backbone(
         torch.manual_seed(0)
         return _build(_of_variant(variant)), f"untrained InternImage-{variant.upper()}"
     values, source, averaged = read_backbone_weights(checkpoint, ema=ema)
+    checkpoint = follow_pointer(checkpoint)
     run = find_checkpoint(checkpoint) if checkpoint.is_dir() else None
     if variant is not None:
         config = _of_variant(variant)

@@ -7,6 +7,7 @@ tables made for another window or context length. Nothing in a file is executed.
 
 import math
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,9 +159,11 @@ def read_file(path: Path) -> Any:
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # the rest of torch's message advises to load it nevertheless
+        reason = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))
         raise CheckpointError(
-            f"{path}: holds more than tensors and numbers, so it is not loaded (or it is no "
-            f"checkpoint at all): {error}"
+            f"{path}: holds more than tensors and numbers, so it is not loaded, or it is no "
+            f"checkpoint at all ({reason[1].strip() if reason else type(error).__name__})"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error

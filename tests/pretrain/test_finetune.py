@@ -1,5 +1,6 @@
 """Fine-tuning in one process: what it learns, what it saves, how it goes on, what it refuses."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -9,10 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from groundwork.data.samples import Sample
+from groundwork.data.shards import ShardError, write_shards
 from groundwork.data.stream import BadDataError, UnreadableDataError
-from groundwork.pretrain.downstream.classification import ClassificationTask
+from groundwork.pretrain.downstream.classification import ClassificationTask, TopK
+from groundwork.pretrain.downstream.evaluation.image_models import load_image_model
 from groundwork.pretrain.downstream.finetuning.engine import start_accelerator
 from groundwork.pretrain.downstream.finetuning.recipe import (
     FinetuneRecipe,
@@ -322,12 +327,69 @@ def test_a_damaged_checkpoint_is_refused(
         run(load_finetune_recipe(str(recipe_file)), out)
 
 
-def test_an_unknown_metric_is_told(recipe_file: Path, tmp_path: Path) -> None:
-    recipe = load_finetune_recipe(
-        str(recipe_file), ["evaluation.metric=ap", "evaluation.every_steps=1", "train.steps=1"]
-    )
-    with pytest.raises(RecipeError, match=r"evaluation\.metric is 'ap'; the task measures top1"):
+def test_an_unknown_metric_is_told_before_the_first_step(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_finetune_recipe(str(recipe_file), ["evaluation.metric=top2"])
+    message = r"evaluation\.metric is 'top2'; the task measures top1, top5; did you mean 'top"
+    with pytest.raises(RecipeError, match=message):
         run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_split_that_cannot_be_evaluated_is_told_before_the_first_step(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    """Pictures without classes."""
+    bare = [("val", Sample(f"k{n}", _png(n), "png", "no class", {})) for n in range(20)]
+    write_shards(bare, tmp_path / "bare", name="bare", source={}, licence="")
+    overrides = [f"data.evaluation_shards={tmp_path / 'bare'}", "data.evaluation_split=val"]
+    recipe = load_finetune_recipe(str(recipe_file), overrides)
+    with pytest.raises(BadDataError, match="none of the first 16 samples of the evaluation split"):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_evaluation_that_fails_costs_no_training_and_is_made_up_for(
+    trained: Path, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = load_finetune_recipe(str(recipe_file)), tmp_path / "run"
+
+    def fail(*_: object) -> None:
+        raise BadDataError("the disk of the evaluation split is gone")
+
+    with monkeypatch.context() as broken, pytest.raises(BadDataError, match="is gone"):
+        broken.setattr(TopK, "result", fail)
+        run(recipe, out)
+    assert require_checkpoint(out).name == "step-00000008"
+    assert run(recipe, out) == STEPS
+    assert lines(out, "evaluations.jsonl") == lines(trained, "evaluations.jsonl")
+    assert_same_checkpoint(require_checkpoint(out), require_checkpoint(trained))
+
+
+def test_plain_tars_have_no_split_to_evaluate_on(
+    recipe_file: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    for tar in tiny_shards.rglob("*.tar"):
+        shutil.copy(tar, tmp_path / tar.name)
+    recipe = load_finetune_recipe(str(recipe_file), [f"data.shards={tmp_path}"])
+    message = "no splits, 'train' and 'heldout_renderings' are the same 108 samples"
+    with pytest.raises(ShardError, match=message):
+        open_finetune_data(recipe)
+    patterns = [f"data.shards={tmp_path}/train*.tar"]
+    patterns += [f"data.evaluation_shards={tmp_path}/heldout*.tar", "task.num_classes=6"]
+    data = open_finetune_data(load_finetune_recipe(str(recipe_file), patterns))
+    assert data.evaluation is not None and (len(data.train), len(data.evaluation)) == (96, 12)
+
+
+def test_a_file_that_names_a_checkpoint_stands_for_it(trained: Path) -> None:
+    best = (trained / "checkpoints" / "best").read_text()
+    assert require_checkpoint(trained / "checkpoints" / "best").name == best
+    assert load_image_model(trained / "checkpoints" / "best").source.endswith(best)
+
+
+def _png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 24), (number, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_an_accelerate_config_without_its_launcher_is_refused(

@@ -22,6 +22,7 @@ from groundwork.pretrain.engine.checkpoint import (
     RECIPE,
     CheckpointError,
     find_checkpoint,
+    follow_pointer,
     read_state,
     require_checkpoint,
     verify_files,
@@ -74,6 +75,7 @@ def load_image_model(
     class_indices: see `WeightsConfig`. ema: take averaged weights where there are some.
     Raises CheckpointError.
     """
+    path = follow_pointer(path)
     checkpoint = find_checkpoint(path) if path.is_dir() else None
     image, shards = ImageTransform(size=DEFAULT_SIZE), None
     if checkpoint is None:

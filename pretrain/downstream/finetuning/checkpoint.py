@@ -192,15 +192,6 @@ def finetuned_weights(checkpoint: Path, *, ema: bool = True) -> dict[str, Tensor
     return {**weights, **read_weights_file(path)} if ema and path.is_file() else weights
 
 
-def best_checkpoint(out: Path) -> Path | None:
-    """The checkpoint of a run that was best by its metric, if it has been evaluated."""
-    pointer = out / FOLDER / BEST
-    if not pointer.is_file():
-        return None
-    found = out / FOLDER / Path(pointer.read_text("utf-8").strip()).name
-    return found if (found / RECORD).is_file() else None
-
-
 def read_weights_file(path: Path) -> dict[str, Tensor]:
     """A .safetensors file. Raises CheckpointError."""
     try:

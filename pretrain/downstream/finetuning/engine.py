@@ -8,12 +8,13 @@ here: DeepSpeed is ignored beside a CPU flag, and on CPUs it runs every rank as 
 
 import datetime
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from groundwork.data.batch_plan import BatchPlan
 from groundwork.pretrain.downstream.finetuning.recipe import FinetuneRecipe, FinetuneTrain
@@ -22,6 +23,7 @@ from groundwork.pretrain.engine.batch_statistics import average_over_ranks, batc
 from groundwork.pretrain.engine.deepspeed_config import World, prepare_environment
 from groundwork.pretrain.engine.masters import set_masters
 from groundwork.pretrain.engine.optimizer import build_optimizer, set_lr
+from groundwork.pretrain.models.batch_norm import synchronise_batch_norms
 from groundwork.pretrain.recipe_yaml import RecipeError
 
 Kind = Literal["plain", "deepspeed", "fsdp"]
@@ -153,8 +155,8 @@ class Engine:
         self.accelerator, self.world, self.recipe, self.plan = accelerator, world, recipe, plan
         self.module = task.model
         self.kind: Kind = wanted_kind()
-        if recipe.train.sync_batch_norm and world.device.type == "cuda" and world.size > 1:
-            self.module = task.model = nn.SyncBatchNorm.convert_sync_batchnorm(task.model)
+        if recipe.train.sync_batch_norm and world.size > 1:
+            self.module = task.model = synchronise_batch_norms(task.model)
         _exempt_from_decay(task)
         optimizer = build_optimizer(self.module, recipe.optimizer)
         initial: dict[str, Tensor] = {}
@@ -172,7 +174,10 @@ class Engine:
                 "the Accelerate config asks for FSDP 1, which flattens parameters of different "
                 "learning rates into one; set fsdp_version: 2"
             )
-        self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
+        with warnings.catch_warnings():
+            # of torch 2.15, for an argument that Accelerate passes on and has no other name for
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
         if self.kind == "deepspeed":
             self._check_deepspeed()
             if initial:

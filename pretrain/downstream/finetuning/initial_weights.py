@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from groundwork.pretrain.downstream.finetuning.checkpoint import finetuned_weights, is_finetuned
 from groundwork.pretrain.downstream.finetuning.recipe import WeightsConfig
-from groundwork.pretrain.engine.checkpoint import CheckpointError, find_checkpoint, verify_files
+from groundwork.pretrain.engine.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    follow_pointer,
+    verify_files,
+)
 from groundwork.pretrain.models.internimage_weights import (
     LoadReport,
     OfficialWeightsError,
@@ -73,9 +78,11 @@ def load_initial_weights(backbone: nn.Module, config: WeightsConfig) -> WeightsR
     try:
         report: LoadReport = backbone.load_official(values, head, indices)  # type: ignore[operator]
     except OfficialWeightsError as error:
+        text = str(error)
+        keys = [f"weights.{key}" for key in ("head", "class_indices") if key in text]
+        hint = f". In a recipe: {', '.join(keys)}" if keys else ""
         raise CheckpointError(
-            f"{source}: {error}. In a recipe these are weights.head and weights.class_indices, and "
-            "the section `backbone` is the model's config"
+            f"{source}: {text}{hint}; the section `backbone` is the model"
         ) from error
     own = len(backbone.state_dict())
     return WeightsReport(source, averaged, own - len(report.initial), own, report)
@@ -87,6 +94,7 @@ def read_backbone_weights(path: Path, *, ema: bool) -> tuple[Mapping[str, Any], 
     path: a folder of a run or one of its checkpoints; a .pth or .safetensors file; or an export,
     a folder with model.safetensors. Raises CheckpointError.
     """
+    path = follow_pointer(path)
     if path.is_file():
         return read_file(path), str(path), False
     if not path.is_dir():
