@@ -5,13 +5,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from groundwork.pretrain.models.batch_norm import SyncFloatBatchNorm
+
 
 def batch_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Running means and variances of all BatchNorms, by name. SyncBatchNorm's are alike already."""
+    """Running means and variances of all BatchNorms, by name; synchronised ones are alike."""
+    synchronised = (SyncFloatBatchNorm, nn.SyncBatchNorm)
     return {
         f"{prefix}.{name}" if prefix else name: getattr(part, name)
         for prefix, part in module.named_modules()
-        if isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm)
+        if isinstance(part, _BatchNorm) and not isinstance(part, synchronised)
         for name in ("running_mean", "running_var")
         if getattr(part, name) is not None
     }

@@ -15,6 +15,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss
 
+from groundwork.pretrain.models.batch_norm import FloatBatchNorm
 from groundwork.pretrain.models.mask_rcnn import BOX_POOL, RcnnConfig, roi_heads
 
 
@@ -50,7 +51,7 @@ def build_cascade_heads(config: RcnnConfig, num_classes: int) -> "CascadeHeads":
                 (config.channels, BOX_POOL, BOX_POOL),
                 [config.channels] * 4,
                 [config.fc_channels],
-                norm_layer=nn.BatchNorm2d,
+                norm_layer=FloatBatchNorm,
             ),
             iou=settings.iou,
             weights=settings.weights,

@@ -1,53 +1,11 @@
 """What comes after InternImage's stages: a convolution for T to XL, fused tokens for H and G."""
 
 from collections.abc import Callable
-from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from groundwork.pretrain.models.batch_norm import FloatBatchNorm
 from groundwork.pretrain.models.initialisation import Conv2d
-
-
-class FloatBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d whose running statistics stay float32 when the model is cast to bf16 or fp16.
-
-    Their updates are too small for these: a tenth of a change of a per cent is below a rounding of
-    bfloat16. `deepspeed.zero.Init` and DeepSpeed's engine cast buffers, too. x: any float dtype.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.running_mean: Tensor | None
-        self.running_var: Tensor | None
-        if self.running_mean is not None and self.running_mean.element_size() < 4:
-            self.running_mean = self.running_mean.float()
-            self.running_var = self.running_mean.new_ones(channels).float()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = {"running_mean": self.running_mean, "running_var": self.running_var}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, values in before.items():
-            cast = getattr(self, name)
-            if values is not None and cast.is_floating_point() and cast.element_size() < 4:
-                setattr(self, name, values.to(cast.device))
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        mean = self.running_mean
-        assert mean is not None
-        return F.batch_norm(
-            x,
-            mean,
-            self.running_var,
-            self.weight.to(mean.dtype),
-            self.bias.to(mean.dtype),
-            self.training,
-            self.momentum,  # type: ignore[arg-type]  # a number, as we set none
-            self.eps,
-        )
 
 
 class ConvHead(nn.Sequential):

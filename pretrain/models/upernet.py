@@ -2,7 +2,7 @@
 
 The heads are transformers', and so are the names of their parameters. What is added are the dropout
 before the classifier and the initial weights of mmsegmentation, with which InternImage was
-fine-tuned.
+fine-tuned, and batch norms whose statistics are float32 beside weights of any precision.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import UperNetConfig as HuggingFaceConfig
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+
+from groundwork.pretrain.models.batch_norm import SyncFloatBatchNorm, float_batch_norms
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class UperNet(nn.Module):
         for head in (self.decode_head, self.auxiliary_head):
             if head is not None:
                 _initialise(head)
+                float_batch_norms(head)
                 head.classifier = _DropoutClassifier(head.classifier, config.dropout)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -90,7 +93,8 @@ class UperNet(nn.Module):
         return logits, self.auxiliary_head(maps)
 
     def _has_synchronised_norm(self) -> bool:
-        return any(isinstance(module, nn.SyncBatchNorm) for module in self.modules())
+        synchronised = (SyncFloatBatchNorm, nn.SyncBatchNorm)
+        return any(isinstance(module, synchronised) for module in self.modules())
 
 
 class _DropoutClassifier(nn.Conv2d):

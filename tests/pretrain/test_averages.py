@@ -30,7 +30,7 @@ from groundwork.pretrain.engine.deepspeed_config import (
 )
 from groundwork.pretrain.engine.ema import EmaConfig
 from groundwork.pretrain.engine.optimizer import OptimizerConfig, build_optimizer
-from groundwork.pretrain.models.internimage_head import FloatBatchNorm
+from groundwork.pretrain.models.batch_norm import FloatBatchNorm
 from groundwork.pretrain.weights.zero_shards import (
     full_buffers,
     full_weights,
