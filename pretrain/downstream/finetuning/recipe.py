@@ -124,7 +124,7 @@ class FinetuneTrain:
     precision: bf16 runs the forward pass under autocast; the weights that are updated are float32.
     gradient_clipping: largest norm of the gradient, 0 for none.
     find_unused_parameters: for DDP, where some parameters get no gradient in some steps.
-    sync_batch_norm: statistics over the batches of all ranks, on GPUs.
+    sync_batch_norm: statistics over the batches of all ranks.
     """
 
     steps: int
