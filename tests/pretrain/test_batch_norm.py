@@ -4,7 +4,6 @@ The two ranks run all cases in one process group; this file is also their progra
 come to is nn.BatchNorm2d on the rows of both, in float64.
 """
 
-import json
 import os
 import socket
 import subprocess
@@ -12,12 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from groundwork.data.sources.scenes import ScenesConfig, scene_sample
 from groundwork.pretrain.engine.batch_statistics import batch_statistics
 from groundwork.pretrain.models.batch_norm import (
     FloatBatchNorm,
@@ -142,11 +139,11 @@ def test_a_module_that_is_itself_a_norm_is_given_back_replaced() -> None:
 
 
 def test_norms_with_other_settings_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="1 has momentum=None.* a number"):
+    with pytest.raises(ValueError, match=r"1 has momentum=None.* a number"):
         float_batch_norms(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3, momentum=None)))
-    with pytest.raises(ValueError, match="0 has .*track_running_stats=False"):
+    with pytest.raises(ValueError, match=r"0 has .*track_running_stats=False"):
         synchronise_batch_norms(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)))
-    with pytest.raises(TypeError, match="0 is a LazyBatchNorm2d.*sync_batch_norm"):
+    with pytest.raises(TypeError, match=r"0 is a LazyBatchNorm2d.*sync_batch_norm"):
         synchronise_batch_norms(nn.Sequential(nn.LazyBatchNorm2d()))
 
 
