@@ -32,6 +32,7 @@ from groundwork.pretrain.engine.checkpoint import (
 )
 from groundwork.pretrain.engine.deepspeed_config import World, deepspeed_config
 from groundwork.pretrain.engine.faults import Quarantine
+from groundwork.pretrain.engine.gradient_norm import note_gradient_norm
 from groundwork.pretrain.engine.masters import set_masters
 from groundwork.pretrain.engine.monitor import Monitor
 from groundwork.pretrain.engine.optimizer import build_optimizer, set_lr
@@ -322,6 +323,7 @@ def _build_engine(
     except ValueError as error:
         raise RecipeError(str(error)) from error
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
+    note_gradient_norm(engine)
     own = recipe.train.seed * 65_537 + world.rank + 1
     torch.manual_seed(own)
     # nothing here draws from these two, but they go into checkpoints, and a library may

@@ -194,12 +194,13 @@ def test_fsdp_2_resumes_bit_for_bit(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_other_stages_train_like_zero_3(stage: int, recipe: Path, tmp_path: Path) -> None:
-    few = ("--set", "train.steps=6")
+    """In float32; rounding to bf16 moves the gradients of a model as small as this by a tenth."""
+    few = ("--set", "train.steps=6", "--set", "train.precision=fp32")
     for number in (3, stage):
         status, text = run_accelerate(tmp_path, recipe, tmp_path / f"{number}", number, *few)
         assert status == 0, text
     for one, other in zip(losses(tmp_path / "3"), losses(tmp_path / f"{stage}"), strict=True):
-        assert one == pytest.approx(other, rel=0.05)
+        assert one == pytest.approx(other, rel=1e-3)
 
 
 def test_deepspeed_that_would_be_ignored_is_an_error(recipe: Path, tmp_path: Path) -> None:

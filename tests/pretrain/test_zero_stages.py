@@ -123,8 +123,9 @@ def test_weights_read_back_are_those_of_deepspeeds_converter(
 def test_all_stages_train_alike(runs: Path) -> None:
     first, *others = (losses(runs / name(stage, "fp32")) for stage in range(4))
     for other in others:
-        for (_, loss, _), (_, expected, _) in zip(other, first, strict=True):
+        for (_, loss, norm), (_, expected, expected_norm) in zip(other, first, strict=True):
             assert loss == pytest.approx(expected, abs=1e-4)
+            assert norm == pytest.approx(expected_norm, rel=1e-3) and norm > 0
 
 
 @pytest.mark.parametrize("stage", range(4))

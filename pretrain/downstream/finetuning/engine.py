@@ -21,6 +21,7 @@ from groundwork.pretrain.downstream.finetuning.recipe import FinetuneRecipe, Fin
 from groundwork.pretrain.downstream.task import Task
 from groundwork.pretrain.engine.batch_statistics import average_over_ranks, batch_statistics
 from groundwork.pretrain.engine.deepspeed_config import World, prepare_environment
+from groundwork.pretrain.engine.gradient_norm import note_gradient_norm
 from groundwork.pretrain.engine.masters import set_masters
 from groundwork.pretrain.engine.optimizer import build_optimizer, set_lr
 from groundwork.pretrain.models.batch_norm import synchronise_batch_norms
@@ -180,6 +181,7 @@ class Engine:
             self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
         if self.kind == "deepspeed":
             self._check_deepspeed()
+            note_gradient_norm(self.model)
             if initial:
                 set_masters(self.model, initial)
         self.parameters = dict(self.module.named_parameters())

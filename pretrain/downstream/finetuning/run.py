@@ -118,7 +118,7 @@ def check_batch(recipe: FinetuneRecipe, task: Task, plan: BatchPlan) -> None:
         raise RecipeError(
             f"train: {plan.micro_batch} samples per rank and forward pass; task.kind "
             f"{recipe.task.kind!r} normalises over a batch and needs at least {least}: raise "
-            "train.micro_batch, or train.global_batch, or on several GPUs set "
+            "train.micro_batch, or train.global_batch, or on several ranks set "
             "train.sync_batch_norm"
         )
 
