@@ -135,6 +135,39 @@ deepspeed: {{zero_optimization: {{stage3_param_persistence_threshold: 0}}}}
     return path
 
 
+@pytest.fixture(scope="session")
+def run_two_ranks() -> Callable[..., None]:
+    """Runs a file of tests as the program of two ranks of one job, to the end of both."""
+
+    def run(program: str, *arguments: object, timeout_s: float = 500) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, program, *map(str, arguments)],
+                env={
+                    **os.environ,
+                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+                    **{"LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                    **{"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            texts = [rank.communicate(timeout=timeout_s)[0] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(texts)
+
+    return run
+
+
 class Job:
     """A training job in a process group of its own, so that nothing of it survives the test."""
 
