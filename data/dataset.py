@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from glob import glob, has_magic
 from pathlib import Path
 
@@ -159,14 +159,13 @@ def open_dataset(
     return dataset
 
 
-def require_two_splits(splits: Mapping[str, Dataset], where: str) -> None:
+def require_two_splits(where: str, name: str, first: Dataset, other: str, second: Dataset) -> None:
     """Raise ShardError where splits of two names are the same samples.
 
     So they are in plain tars, which know no splits: what is measured on one of them would be
-    measured on what was trained on. splits: two data sets by the names they were opened with.
+    measured on what was trained on. Who names one split twice means it.
     """
-    (name, first), (other, second) = splits.items()
-    if first.digest == second.digest:
+    if name != other and first.digest == second.digest:
         raise ShardError(
             f"{where}: these tars have no splits, {name!r} and {other!r} are the same "
             f"{len(first):,} samples. Name the tars of each by a pattern "

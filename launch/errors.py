@@ -75,7 +75,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
 def agreed_errors() -> tuple[type[Exception], ...]:
     """Errors that all ranks agree upon before they raise them: rank 0 speaks for them."""
     from groundwork.data.stream import BadDataError
-    from groundwork.pretrain.engine.trainer import DivergedError
+    from groundwork.pretrain.engine.step_means import DivergedError
 
     return (BadDataError, DivergedError)
 

@@ -216,8 +216,7 @@ def _features(
     model = load_image_model(checkpoint, variant=variant, ema=ema)
     where = require_shards(model, shards)
     datasets = [open_dataset(where, split) for split in splits]
-    if splits[0] != splits[1]:
-        require_two_splits(dict(zip(splits, datasets, strict=True)), where)
+    require_two_splits(where, splits[0], datasets[0], splits[1], datasets[1])
     image = model.image if size is None else replace(model.image, size=size)
     reading = SplitReading(batch, workers, budget=budget)
     known, asked = (split_features(model, dataset, image, reading) for dataset in datasets)

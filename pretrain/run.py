@@ -18,7 +18,6 @@ from groundwork.data.atomic import write_atomically
 from groundwork.data.batch_plan import BatchPlan
 from groundwork.data.shards import CONCEPTS
 from groundwork.data.text import ClipTokenizer, load_tokenizer
-from groundwork.pretrain.engine.arithmetic import resume_note
 from groundwork.pretrain.engine.averages import Averages
 from groundwork.pretrain.engine.checkpoint import (
     RECIPE,
@@ -26,8 +25,8 @@ from groundwork.pretrain.engine.checkpoint import (
     RunState,
     find_checkpoint,
     load_checkpoint,
-    read_record,
     read_state,
+    resuming_from,
     save_checkpoint,
 )
 from groundwork.pretrain.engine.deepspeed_config import World, deepspeed_config
@@ -205,8 +204,7 @@ def _pretrain(
         return save_checkpoint(engine, out, now, world, recipe.checkpoint.keep, averages)
 
     if checkpoint is not None:
-        note = resume_note(read_record(checkpoint))
-        monitor.say(f"resuming from {checkpoint} at sample {state.position:,}{note}")
+        monitor.say(resuming_from(checkpoint, state.position))
     try:
         return train(
             engine,

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from groundwork.data.atomic import sync_directory, sync_file, write_atomically
-from groundwork.pretrain.engine.arithmetic import arithmetic
+from groundwork.pretrain.engine.arithmetic import arithmetic, resume_note
 from groundwork.pretrain.engine.averages import Averages
 from groundwork.pretrain.engine.deepspeed_config import World, prepare_environment
 
@@ -101,31 +101,39 @@ def save_checkpoint(
         torch.save(averages.state_dict(), averages_file(working, world.rank))
     dist.barrier()
     if world.is_main:
-        for script in (*working.glob("*.py"), *working.glob(f"{TAG}/*.py")):
-            script.unlink()  # DeepSpeed copies its converters along; a checkpoint holds data only
-        files = sorted(path for path in working.rglob("*") if path.is_file())
-        record = {
-            "format": FORMAT,
-            "version": 1,
-            **{f: getattr(state, f) for f in RunState.__dataclass_fields__},
-            "versions": arithmetic(),
-            "files": {
-                str(path.relative_to(working)): [path.stat().st_size, file_crc32c(path)]
-                for path in files
-            },
-        }
-        (working / RECORD).write_text(json.dumps(record, indent=1))
-        for path in (*files, working / RECORD, working / TAG, working):
-            sync_file(path)
-        final = folder / name
-        shutil.rmtree(final, ignore_errors=True)
-        working.rename(final)
-        sync_directory(folder)
+        publish(working, folder / name, vars(state))
         write_atomically(folder / LATEST, name.encode())
         for old in complete_checkpoints(out)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return folder / name
+
+
+def publish(working: Path, final: Path, facts: Mapping[str, Any]) -> None:
+    """Make the files in `working` a complete checkpoint, `final`: recorded, synced, renamed.
+
+    facts: what the record says besides the files and what they were computed with.
+    """
+    for script in (*working.glob("*.py"), *working.glob(f"{TAG}/*.py")):
+        script.unlink()  # DeepSpeed copies its converters along; a checkpoint holds data only
+    files = sorted(path for path in working.rglob("*") if path.is_file())
+    record = {
+        "format": FORMAT,
+        "version": 1,
+        **facts,
+        "versions": arithmetic(),
+        "files": {
+            str(path.relative_to(working)): [path.stat().st_size, file_crc32c(path)]
+            for path in files
+        },
+    }
+    (working / RECORD).write_text(json.dumps(record, indent=1))
+    folders = [path for path in working.rglob("*") if path.is_dir()]
+    for path in (*files, working / RECORD, *folders, working):
+        sync_file(path)
+    shutil.rmtree(final, ignore_errors=True)
+    working.rename(final)
+    sync_directory(final.parent)
 
 
 def load_checkpoint(
@@ -173,20 +181,14 @@ def find_checkpoint(path: Path) -> Path | None:
 
     None where the folder holds none. Falls back to earlier ones if `latest` points nowhere.
     """
-    path = follow_pointer(path)
-    if (path / RECORD).is_file():
-        return path
-    latest = path / FOLDER / LATEST
-    if latest.is_file():
-        name = latest.read_text("utf-8", errors="replace").strip()
-        named = path / FOLDER / Path(name).name
+    for named in (_follow_pointer(path), _follow_pointer(path / FOLDER / LATEST)):
         if (named / RECORD).is_file():
             return named
     complete = complete_checkpoints(path)
     return complete[-1] if complete else None
 
 
-def follow_pointer(path: Path) -> Path:
+def _follow_pointer(path: Path) -> Path:
     """The folder of a checkpoint that a file in `checkpoints/` names; any other path itself."""
     if path.parent.name == FOLDER and path.is_file():
         named = path.parent / Path(path.read_text("utf-8", errors="replace").strip()).name
@@ -219,6 +221,12 @@ def read_state(checkpoint: Path) -> RunState:
         raise CheckpointError(
             f"{checkpoint / RECORD}: no {error} in it. {_without(checkpoint)}"
         ) from error
+
+
+def resuming_from(checkpoint: Path, sample: int) -> str:
+    """What a run says when it goes on from a checkpoint, at the next sample of its stream."""
+    note = resume_note(read_record(checkpoint))
+    return f"resuming from {checkpoint} at sample {sample:,}{note}"
 
 
 def verify_files(checkpoint: Path) -> None:

@@ -1,13 +1,11 @@
 """The training loop."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from groundwork.data.batch_plan import BatchPlan
@@ -15,14 +13,11 @@ from groundwork.data.stream import Stream
 from groundwork.pretrain.engine.deepspeed_config import World
 from groundwork.pretrain.engine.faults import Quarantine
 from groundwork.pretrain.engine.monitor import Monitor
+from groundwork.pretrain.engine.step_means import check_finite, means_over_ranks
 from groundwork.pretrain.engine.stop import StopRequest, seconds_since_launch
 from groundwork.pretrain.engine.throughput import device_peak, throughput
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class DivergedError(RuntimeError):
-    """The loss is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ def train(
             now = time.monotonic()
             steps = done - max(loop.first_step, (done - 1) // loop.log_every * loop.log_every)
             samples = done * loop.plan.global_batch
-            means = _over_ranks(losses, waited / (now - since_log), quarantine, samples, world)
+            means = means_over_ranks(losses, waited / (now - since_log), quarantine, samples, world)
             rate = steps * loop.plan.global_batch / (now - since_log)
             metrics = {
                 "step": done,
@@ -123,7 +118,7 @@ def train(
                 "first_step_s": first_step_s,
             }
             monitor.log(metrics)
-            _check_finite(done, means["loss"], metrics["grad_norm"])
+            check_finite(done, means["loss"], metrics["grad_norm"])
             since_log, waited = time.monotonic(), 0.0
         if done % loop.save_every == 0 or done == loop.steps:
             _save(engine, losses, quarantine, done, loop, world)
@@ -149,33 +144,10 @@ def _save(
     world: World,
 ) -> None:
     """Save a step, which may have had no metrics: with its bad samples, and never a NaN."""
-    means = _over_ranks(losses, 0.0, quarantine, done * loop.plan.global_batch, world)
-    _check_finite(done, means["loss"], _gradient_norm(engine))
+    means = means_over_ranks(losses, 0.0, quarantine, done * loop.plan.global_batch, world)
+    check_finite(done, means["loss"], _gradient_norm(engine))
     loop.save(done)
-
-
-def _check_finite(step: int, loss: float, gradient_norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-        raise DivergedError(
-            f"step {step}: loss {loss}, gradient norm {gradient_norm}. "
-            "Lower optimizer.lr, lengthen schedule.warmup_steps, or set "
-            "train.gradient_clipping; the run goes on from its last checkpoint"
-        )
 
 
 def _gradient_norm(engine: Any) -> float:
     return float(engine.get_global_grad_norm() or 0.0)
-
-
-def _over_ranks(
-    losses: dict[str, Tensor], wait: float, quarantine: Quarantine, samples: int, world: World
-) -> dict[str, float]:
-    """Mean of losses and waiting share over ranks; the bad samples of all are collected."""
-    names = [*losses, "data_wait"]
-    values = torch.stack([*losses.values(), torch.tensor(wait, device=world.device)]).double()
-    pending = torch.tensor([quarantine.pending * world.size], device=world.device)
-    values = torch.cat([values, pending])
-    dist.all_reduce(values)
-    *means, bad = (values / world.size).tolist()
-    quarantine.collect(round(bad), samples, world)
-    return dict(zip(names, means, strict=True))

@@ -12,7 +12,6 @@ from groundwork.pretrain.downstream.finetuning.recipe import finetune_recipe_fro
 from groundwork.pretrain.engine.checkpoint import (
     CheckpointError,
     find_checkpoint,
-    follow_pointer,
     read_state,
 )
 from groundwork.pretrain.models.internimage import InternImage
@@ -36,8 +35,7 @@ def find_backbone(
         torch.manual_seed(0)
         return _build(_of_variant(variant)), f"untrained InternImage-{variant.upper()}"
     values, source, averaged = read_backbone_weights(checkpoint, ema=ema)
-    checkpoint = follow_pointer(checkpoint)
-    run = find_checkpoint(checkpoint) if checkpoint.is_dir() else None
+    run = find_checkpoint(checkpoint)
     if variant is not None:
         config = _of_variant(variant)
     elif run is not None:

@@ -22,7 +22,6 @@ from groundwork.pretrain.engine.checkpoint import (
     RECIPE,
     CheckpointError,
     find_checkpoint,
-    follow_pointer,
     read_state,
     require_checkpoint,
     verify_files,
@@ -75,11 +74,10 @@ def load_image_model(
     class_indices: see `WeightsConfig`. ema: take averaged weights where there are some.
     Raises CheckpointError.
     """
-    path = follow_pointer(path)
-    checkpoint = find_checkpoint(path) if path.is_dir() else None
+    checkpoint = find_checkpoint(path)
     image, shards = ImageTransform(size=DEFAULT_SIZE), None
     if checkpoint is None:
-        if path.is_dir() and (path / RECIPE).is_file():
+        if (path / RECIPE).is_file():
             require_checkpoint(path)
         config = _official_config(path, variant)
     else:

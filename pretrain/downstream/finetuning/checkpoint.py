@@ -11,7 +11,6 @@
 The first two files are all that evaluation and export need, however the run was spread over ranks.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,26 +23,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from groundwork.data.atomic import sync_directory, sync_file, write_atomically
+from groundwork.data.atomic import write_atomically
 from groundwork.pretrain.downstream.finetuning.ema import (
     load_average,
     whole_average,
     whole_weights,
 )
 from groundwork.pretrain.downstream.finetuning.engine import Engine, whole
-from groundwork.pretrain.engine.arithmetic import arithmetic
 from groundwork.pretrain.engine.checkpoint import (
     FOLDER,
-    FORMAT,
     LATEST,
     RECORD,
     TAG,
     CheckpointError,
     SafeLoading,
     complete_checkpoints,
-    file_crc32c,
     load_tensors,
     parameter_shapes,
+    publish,
     random_states,
     read_record,
     restore_random_states,
@@ -113,7 +110,7 @@ def save_finetuned(
     torch.save(random_states(), working / f"rank-{world.rank:05d}.pt")
     dist.barrier()
     if world.is_main:
-        _publish(working, folder / name, state)
+        publish(working, folder / name, {"kind": KIND, **vars(state)})
         write_atomically(folder / LATEST, name.encode())
         keep_last_and_best(out, keep, best)
     dist.barrier()
@@ -199,30 +196,6 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return tensors
-
-
-def _publish(working: Path, final: Path, state: FinetuneState) -> None:
-    for script in (*working.glob("*.py"), *working.glob(f"{TAG}/*.py")):
-        script.unlink()  # DeepSpeed copies its converters along; a checkpoint holds data only
-    files = sorted(path for path in working.rglob("*") if path.is_file())
-    record = {
-        "format": FORMAT,
-        "kind": KIND,
-        "version": 1,
-        **{f: getattr(state, f) for f in FinetuneState.__dataclass_fields__},
-        "versions": arithmetic(),
-        "files": {
-            str(path.relative_to(working)): [path.stat().st_size, file_crc32c(path)]
-            for path in files
-        },
-    }
-    (working / RECORD).write_text(json.dumps(record, indent=1))
-    folders = [path for path in working.rglob("*") if path.is_dir()]
-    for path in (*files, working / RECORD, *folders, working):
-        sync_file(path)
-    shutil.rmtree(final, ignore_errors=True)
-    working.rename(final)
-    sync_directory(final.parent)
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from groundwork.pretrain.downstream.finetuning.recipe import WeightsConfig
 from groundwork.pretrain.engine.checkpoint import (
     CheckpointError,
     find_checkpoint,
-    follow_pointer,
     verify_files,
 )
 from groundwork.pretrain.models.internimage_weights import (
@@ -94,7 +93,9 @@ def read_backbone_weights(path: Path, *, ema: bool) -> tuple[Mapping[str, Any], 
     path: a folder of a run or one of its checkpoints; a .pth or .safetensors file; or an export,
     a folder with model.safetensors. Raises CheckpointError.
     """
-    path = follow_pointer(path)
+    checkpoint = find_checkpoint(path)
+    if checkpoint is not None:
+        return _of_run(checkpoint, ema=ema)
     if path.is_file():
         return read_file(path), str(path), False
     if not path.is_dir():
@@ -102,9 +103,6 @@ def read_backbone_weights(path: Path, *, ema: bool) -> tuple[Mapping[str, Any], 
             f"{path} does not exist; give a run's folder, an official checkpoint (.pth, "
             ".safetensors) or an export folder"
         )
-    checkpoint = find_checkpoint(path)
-    if checkpoint is not None:
-        return _of_run(checkpoint, ema=ema)
     exported = path / "model.safetensors"
     if exported.is_file():
         return read_file(exported), str(exported), False

@@ -1,13 +1,10 @@
 """The loop of fine-tuning: steps, metrics, evaluations, checkpoints."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from groundwork.data.stream import Stream
@@ -17,8 +14,8 @@ from groundwork.pretrain.downstream.task import Task
 from groundwork.pretrain.engine.ema import Ema
 from groundwork.pretrain.engine.faults import Quarantine
 from groundwork.pretrain.engine.monitor import Monitor
+from groundwork.pretrain.engine.step_means import check_finite, means_over_ranks
 from groundwork.pretrain.engine.stop import StopRequest
-from groundwork.pretrain.engine.trainer import DivergedError
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def finetune_steps(
         logs = done % loop.log_every == 0 or done == loop.steps
         if logs or evaluates or saves:
             now = time.monotonic()
-            means = _over_ranks(losses, waited / (now - since_log), quarantine, samples, engine)
+            means = means_over_ranks(losses, waited / (now - since_log), quarantine, samples, world)
             grad_norm = number(norm)
             if logs:
                 epochs = stream.epochs(samples)
@@ -132,7 +129,7 @@ def finetune_steps(
                 }
                 monitor.log(metrics)
                 since_log, waited, logged = time.monotonic(), 0.0, done
-            _check_finite(done, means["loss"], grad_norm)
+            check_finite(done, means["loss"], grad_norm)
         if saves or evaluates or done == loop.steps:
             loop.save(done)
             saved = done
@@ -141,31 +138,7 @@ def finetune_steps(
             evaluate(done)
             since_log += time.monotonic() - paused
     if done > saved:
-        means = _over_ranks(losses, 0.0, quarantine, done * plan.global_batch, engine)
-        _check_finite(done, means["loss"], number(norm))
+        means = means_over_ranks(losses, 0.0, quarantine, done * plan.global_batch, world)
+        check_finite(done, means["loss"], number(norm))
         loop.save(done)
     return done
-
-
-def _check_finite(step: int, loss: float, norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise DivergedError(
-            f"step {step}: loss {loss}, gradient norm {norm}. Lower optimizer.lr, lengthen "
-            "schedule.warmup_steps, or set train.gradient_clipping; the run goes on from its last "
-            "checkpoint"
-        )
-
-
-def _over_ranks(
-    losses: dict[str, Tensor], wait: float, quarantine: Quarantine, samples: int, engine: Engine
-) -> dict[str, float]:
-    """Mean of losses and waiting share over ranks; the bad samples of all are collected."""
-    world = engine.world
-    names = [*losses, "data_wait"]
-    values = torch.stack([*losses.values(), torch.tensor(wait, device=world.device)]).double()
-    pending = torch.tensor([quarantine.pending * world.size], device=world.device)
-    values = torch.cat([values, pending])
-    dist.all_reduce(values)
-    *means, bad = (values / world.size).tolist()
-    quarantine.collect(round(bad), samples, world)
-    return dict(zip(names, means, strict=True))

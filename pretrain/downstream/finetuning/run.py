@@ -49,12 +49,11 @@ from groundwork.pretrain.downstream.segmentation.semantic_segmentation import (
     build_semantic_segmentation,
 )
 from groundwork.pretrain.downstream.task import Task
-from groundwork.pretrain.engine.arithmetic import resume_note
 from groundwork.pretrain.engine.checkpoint import (
     RECIPE,
     CheckpointError,
     find_checkpoint,
-    read_record,
+    resuming_from,
 )
 from groundwork.pretrain.engine.deepspeed_config import World
 from groundwork.pretrain.engine.ema import Ema
@@ -128,13 +127,13 @@ def open_finetune_data(recipe: FinetuneRecipe) -> FinetuneSplits:
     data = recipe.data
     cache = None if data.cache is None else data.cache.to_config()
     reader = find_member_reader()  # compiled here, before workers are forked
-    evaluation = None
-    if data.evaluation_split is not None:
-        shards = data.evaluation_shards or data.shards
-        evaluation = open_dataset(shards, data.evaluation_split, cache=cache, reader=reader)
     train = open_dataset(data.shards, data.split, cache=cache, reader=reader)
-    if evaluation is not None and data.evaluation_split not in (None, data.split):
-        require_two_splits({data.split: train, data.evaluation_split: evaluation}, data.shards)
+    split = data.evaluation_split
+    if split is None:
+        return FinetuneSplits(train, None)
+    shards = data.evaluation_shards or data.shards
+    evaluation = open_dataset(shards, split, cache=cache, reader=reader)
+    require_two_splits(shards, data.split, train, split, evaluation)
     return FinetuneSplits(train, evaluation)
 
 
@@ -305,8 +304,7 @@ def _train(
         return _evaluate(recipe, engine, task, ema, data.evaluation, data.train)
 
     if checkpoint is not None:
-        note = resume_note(read_record(checkpoint))
-        monitor.say(f"resuming from {checkpoint} at sample {state.step * batch:,}{note}")
+        monitor.say(resuming_from(checkpoint, state.step * batch))
     source = Source(data.train, _Decode(task), "", recipe.data.shuffle_block)
     try:
         return finetune_steps(
