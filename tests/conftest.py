@@ -19,6 +19,7 @@ from groundwork.data.knowledge.index import KnowledgeIndex
 from groundwork.data.knowledge.wordnet import DEBIAN_DICTIONARY, build_wordnet
 from groundwork.data.samples import Concept, Sample
 from groundwork.data.shards import write_shards
+from groundwork.data.sources.scenes import ScenesConfig, scenes_concepts, scenes_samples
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -133,6 +134,25 @@ deepspeed: {{zero_optimization: {{stage3_param_persistence_threshold: 0}}}}
 """
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def build_scenes() -> Callable[[Path, int, int], Path]:
+    """Writes a data set of synthetic scenes, so many for training and for `val`, into a folder."""
+
+    def build(out: Path, train: int, val: int) -> Path:
+        config = ScenesConfig(train=train, val=val, compositional=0)
+        write_shards(
+            scenes_samples(config),
+            out,
+            name="scenes",
+            source={"kind": "scenes"},
+            licence="CC0 1.0",
+            concepts=scenes_concepts(config),
+        )
+        return out
+
+    return build
 
 
 @pytest.fixture(scope="session")

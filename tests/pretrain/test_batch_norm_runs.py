@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from groundwork.data.dataset import open_dataset
-from groundwork.data.shards import write_shards
-from groundwork.data.sources.scenes import ScenesConfig, scenes_concepts, scenes_samples
 from groundwork.pretrain.downstream.finetuning.recipe import load_finetune_recipe
 from groundwork.pretrain.downstream.finetuning.run import build_task
 from groundwork.pretrain.engine.checkpoint import require_checkpoint
@@ -33,18 +31,10 @@ ZERO_1 = {
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("scenes") / "shards"
-    config = ScenesConfig(train=8, val=4, compositional=0)
-    write_shards(
-        scenes_samples(config),
-        out,
-        name="scenes",
-        source={"kind": "scenes"},
-        licence="CC0 1.0",
-        concepts=scenes_concepts(config),
-    )
-    return out
+def scenes(
+    build_scenes: Callable[[Path, int, int], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return build_scenes(tmp_path_factory.mktemp("scenes") / "shards", 8, 4)
 
 
 @pytest.mark.parametrize("head", HEADS)

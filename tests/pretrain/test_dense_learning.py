@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from groundwork.data.shards import write_shards
-from groundwork.data.sources.scenes import ScenesConfig, scenes_concepts, scenes_samples
 from groundwork.pretrain.downstream.finetuning.recipe import load_finetune_recipe
 from groundwork.pretrain.downstream.finetuning.run import build_task, open_finetune_data
 
@@ -23,18 +22,10 @@ STEPS = 150
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dense") / "scenes"
-    config = ScenesConfig(train=1200, val=60, compositional=0)
-    write_shards(
-        scenes_samples(config),
-        out,
-        name="scenes",
-        source={"kind": "scenes"},
-        licence="CC0 1.0",
-        concepts=scenes_concepts(config),
-    )
-    return out
+def scenes(
+    build_scenes: Callable[[Path, int, int], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return build_scenes(tmp_path_factory.mktemp("dense") / "scenes", 1200, 60)
 
 
 def trained(recipe: str, scenes: Path, out: Path, *more: str) -> dict[str, Any]:

@@ -215,15 +215,12 @@ def detection_example(
         parts["masks"] = tv_tensors.Mask(torch.from_numpy(drawn))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63)))
-        pipeline = transform.pipeline()
-        # what is redrawn is the picture of before, so that no transform is applied twice
-        original, parts = parts, pipeline(parts)
-        is_whole = _left(parts)
-        for _ in range(transform.redraws or 0):
-            if not kept or is_whole.any():
-                break
+        pipeline, original = transform.pipeline(), parts
+        for _ in range(1 + (transform.redraws or 0)):
             parts = pipeline(original)
             is_whole = _left(parts)
+            if not kept or is_whole.any():
+                break
     boxes = _plain(parts["boxes"])
     dropped += [
         f"{kept[i].category or 'box'}: nothing is left of it after the transform"
